@@ -5,7 +5,7 @@ rollout away. PPO takes many: several epochs of minibatches over the same rollou
 rewarding an action once its probability has moved by more than a factor 1 ± ε from the policy that chose it.
 
     ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
-    L   = E_t[ min(ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t) - c_v ½(V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ], maximised
+    L   = E_t[ min(ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t) - c_v (V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ], maximised
     Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},   δ_t = r_t + γ V(s_{t+1}) - V(s_t),   R̂_t = Â_t + V(s_t)
 
 J. Schulman, F. Wolski, P. Dhariwal, A. Radford, O. Klimov: Proximal Policy Optimization Algorithms, 2017,
@@ -18,9 +18,7 @@ arXiv:1707.06347. Â_t is GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan,
         --update-epochs 4 --learning-rate 2.5e-4 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.01 --hidden-sizes 512
 """
 
-# shared: imports
 import contextlib
-import dataclasses
 import importlib.util
 import io
 import os
@@ -29,13 +27,10 @@ import signal
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-
-os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, also where there is no screen
-if sys.platform == "linux":
-    os.environ.setdefault("MUJOCO_GL", "egl")
 
 import gymnasium as gym
 import numpy as np
@@ -45,7 +40,6 @@ import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-# shared: end
 
 
 class UsageError(Exception):
@@ -68,7 +62,7 @@ class Args:
     resume: str = ""  # go on from this checkpoint, in its folder and with its arguments; a flag given beside it wins
     evaluate: str = ""  # no training: evaluate this checkpoint
     # shared: end
-    total_timesteps: int = 100_000  # environment steps to train for, all environments together
+    total_timesteps: int = 60_000  # environment steps to train for, all environments together
     num_envs: int = 32  # N parallel environments
     num_steps: int = 32  # T steps of each environment per rollout
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic; none: linear
@@ -80,7 +74,7 @@ class Args:
     num_minibatches: int = 4  # per epoch
     clip_coef: float = 0.2  # ε, how far the probability ratio may move from 1
     clip_vloss: bool = False  # let the value move by ε at most, too
-    norm_adv: bool = True  # standardise the advantages of each minibatch
+    norm_adv: bool = True  # standardise the advantages of each rollout
     ent_coef: float = 0.0  # c_e, weight of the entropy bonus
     vf_coef: float = 0.5  # c_v, weight of the value loss
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
@@ -100,67 +94,64 @@ class Args:
         ):
             for name in names.split():
                 for value in np.atleast_1d(getattr(self, name)):
-                    if value is not None and not low <= value <= high:  # `not <=`, so that NaN is refused
+                    if value is not None and not low <= value <= high:  # so that NaN is refused, too
                         raise UsageError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
         if self.evaluate and (self.resume or self.eval_episodes == 0):
-            raise UsageError("--evaluate goes with at least one of --eval-episodes, and not with --resume")
+            raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
         for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
             if getattr(self, flag) and importlib.util.find_spec(package) is None:
                 raise UsageError(f"--{flag.replace('_', '-')} needs a package that is missing: pip install {package}")
         # shared: end
-        if not self.num_envs * self.num_steps <= self.total_timesteps:
+        if self.num_envs * self.num_steps > self.total_timesteps:
             raise UsageError("--total-timesteps must be at least one rollout, --num-envs times --num-steps")
-        if not self.num_minibatches <= self.num_envs * (self.num_steps // 2):  # up to half the steps may be resets
+        if self.num_minibatches > self.num_envs * (self.num_steps // 2):  # half of the steps may be resets
             raise UsageError("--num-minibatches must be at most half of --num-envs times --num-steps")
 
 
-# shared: command line
+# ==== shared: command line
 def parse_args() -> Args:
-    """Read the command line; with --resume or --evaluate the defaults are the checkpoint's arguments."""
+    """Read the command line. With --resume or --evaluate, the checkpoint's arguments are the defaults."""
 
-    @dataclass
-    class Source:
-        resume: str = ""
-        evaluate: str = ""
+    def checkpoint_path(resume: str = "", evaluate: str = "") -> str:
+        return resume or evaluate
 
-    box = io.StringIO()  # tyro explains a bad argument in a box of several lines; only its sentence is wanted
+    box = io.StringIO()  # tyro complains in a box of several lines; the user gets the sentence in it
     try:
         with contextlib.redirect_stderr(box):
-            source, _ = tyro.cli(Source, return_unknown_args=True, add_help=False)
-            path = source.resume or source.evaluate
+            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)
             default = Args(**load_checkpoint(path)["args"]) if path else Args()
-            return tyro.cli(Args, default=default, description=__doc__.split("\n")[0])
+            return tyro.cli(Args, default=default, description=__doc__)
     except SystemExit as stop:
-        if stop.code != 2:
+        if stop.code != 2:  # --help
             raise
-        sentence = box.getvalue().split("│ ─")[0].split("\n")[1:]
-        raise UsageError(" ".join(line.strip("│ ") for line in sentence)) from None
+        sentence = box.getvalue().split("│ ─")[0].splitlines()[1:]
+        raise UsageError(" ".join(line.strip("│╰╯─ ") for line in sentence)) from None
 
 
 def select_device(name: str) -> torch.device:
-    """The device called `name`; for "auto" the best there is."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device of that name; for "auto" the best there is."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise UsageError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {name}")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        return torch.zeros(1, device=best if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} is not there: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-# shared: end
+# ==== shared: environments
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, and there may be no screen
 
 
-# shared: environments
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder: Path | None = None):
     """Make a vector environment that resets on the next step and has Box observations (other spaces are flattened).
 
     For evaluation Atari's rewards are not clipped. With `video_folder` every episode is written there as mp4.
-    Raises UsageError if that cannot be done.
     """
     atari = args.env_id.startswith("ALE/")
     options = {"vectorization_mode": "async" if args.async_envs else None}
     if video_folder:
+        os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
         record = partial(gym.wrappers.RecordVideo, video_folder=str(video_folder), episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
         if atari:  # what ale-py's vector environment, which cannot render, does in C++
@@ -172,37 +163,34 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
         envs = gym.make_vec(f"ale_py:{args.env_id}" if atari else args.env_id, num_envs, **options)
     except (gym.error.Error, ImportError) as error:
         raise UsageError(f"cannot make the environment {args.env_id}: {error}") from error
+    space = envs.single_observation_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UsageError(f"{args.env_id} must reset on the next step (AutoresetMode.NEXT_STEP)")
     if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
         raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
-    space = envs.single_observation_space
     if not space.is_np_flattenable:
         raise UsageError(f"{args.env_id} has observations that cannot be flattened to an array: {space}")
     return envs if isinstance(space, gym.spaces.Box) else gym.wrappers.vector.FlattenObservation(envs)
 
 
-# shared: end
-
-
-# shared: networks
+# ==== shared: networks
 def layer_init(layer: nn.Module, gain: float = np.sqrt(2)) -> nn.Module:
-    """Orthogonal weights and no bias."""
+    """Orthogonal weights, no bias."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def mlp(input_size: int, hidden_sizes: tuple[int, ...], output_size: int, output_gain: float) -> nn.Sequential:
-    """Linear layers with tanh between them; without hidden sizes, one linear map."""
-    sizes, layers = (input_size, *hidden_sizes), []
-    for n_in, n_out in zip(sizes[:-1], sizes[1:]):
+    """Linear layers with tanh between them; a single linear one if there are no hidden sizes."""
+    layers = []
+    for n_in, n_out in pairwise((input_size, *hidden_sizes)):
         layers += [layer_init(nn.Linear(n_in, n_out)), nn.Tanh()]
-    return nn.Sequential(*layers, layer_init(nn.Linear(sizes[-1], output_size), output_gain))
+    return nn.Sequential(*layers, layer_init(nn.Linear((input_size, *hidden_sizes)[-1], output_size), output_gain))
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows seen so far (Chan et al. 1979), kept as buffers and so saved with the weights."""
+    """Mean and variance of all rows seen so far (Chan et al. 1979), as buffers that are saved with the weights."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -212,117 +200,111 @@ class RunningMeanStd(nn.Module):
 
     def update(self, rows: torch.Tensor) -> None:
         """Take in `rows`, shape (B, *shape)."""
-        share = len(rows) / (self.count + len(rows))  # of the new rows in the total
+        share = len(rows) / (self.count + len(rows))  # of the new rows among all
         delta = rows.mean(0) - self.mean
         self.var += share * (rows.var(0, correction=0) - self.var + (1 - share) * delta.square())
         self.mean += share * delta
         self.count += len(rows)
 
 
-# shared: end
-
-
-# shared: actor-critic
+# ==== shared: actor-critic
 class Agent(nn.Module):
     """Policy π(a|s), categorical or diagonal Gaussian, and value function V(s).
 
     obs_space: Box. uint8 images (three axes, channels first or last, 36 pixels a side or more) go through the
         convolutions of Mnih et al. (2015); anything else is a vector.
-    action_space: Discrete(n), or Box of A floats. The Gaussian works in [-1, 1] where an axis is bounded on both
-        sides, and in the axis' own units where it is not. Any other space: UsageError.
+    action_space: Discrete(n), or a Box of A floats. On an axis with two finite bounds the Gaussian works in [-1, 1],
+        which is scaled to the bounds; elsewhere in the axis' own units. Any other space is a UsageError.
     """
 
     def __init__(self, obs_space: gym.spaces.Box, action_space: gym.Space, args: Args):
         super().__init__()
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
-        if not (self.is_discrete or isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"):
-            raise UsageError(f"{Path(__file__).name} takes Discrete or Box (of floats) actions, not {action_space}")
-        self.action_space = action_space
+        if not (self.is_discrete or (isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f")):
+            raise UsageError(
+                f"{Path(__file__).name} takes Discrete or Box (float) actions, not {action_space}; none here does"
+            )
+        self.action_space, self.action_dtype = action_space, np.int64 if self.is_discrete else np.float32
         self.num_actions = int(action_space.n if self.is_discrete else np.prod(action_space.shape))
         if not self.is_discrete:
-            self.log_std = nn.Parameter(torch.zeros(self.num_actions))
             bounded = np.isfinite(action_space.low) & np.isfinite(action_space.high)
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
+            self.log_std = nn.Parameter(torch.zeros(self.num_actions))
 
         self.obs_dtype = np.uint8 if obs_space.dtype == np.uint8 else np.float32
-        self.is_image = self.obs_dtype == np.uint8 and len(obs_space.shape) == 3 and sorted(obs_space.shape)[1] >= 36
-        self.channels_last = self.is_image and obs_space.shape[2] < obs_space.shape[0]
         if args.norm_obs and self.obs_dtype == np.uint8:
-            raise UsageError("--norm-obs is for vectors of numbers; uint8 observations are scaled to [0, 1] as they are")
+            raise UsageError("--norm-obs does not go with uint8 observations, which are scaled to [0, 1] anyway")
         self.obs_stats = RunningMeanStd(int(np.prod(obs_space.shape))) if args.norm_obs else None
         self.return_stats = RunningMeanStd() if args.norm_reward else None
 
-        self.encoder = nn.Flatten()
+        self.is_image = self.obs_dtype == np.uint8 and len(obs_space.shape) == 3 and sorted(obs_space.shape)[1] >= 36
+        self.channels_last = self.is_image and obs_space.shape[2] < obs_space.shape[0]
         if self.is_image:
-            channels = obs_space.shape[2 if self.channels_last else 0]
-            convs = [nn.Conv2d(channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
-            self.encoder = nn.Sequential(*(f for conv in convs for f in (layer_init(conv), nn.ReLU())), nn.Flatten())
+            c1 = nn.Conv2d(obs_space.shape[2 if self.channels_last else 0], 32, kernel_size=8, stride=4)
+            c2, c3 = nn.Conv2d(32, 64, kernel_size=4, stride=2), nn.Conv2d(64, 64, kernel_size=3, stride=1)
+            layers = [layer for conv in (c1, c2, c3) for layer in (layer_init(conv), nn.ReLU())]
+            self.convolutions = nn.Sequential(*layers, nn.Flatten())
         num_features = self.features(torch.zeros(1, *obs_space.shape)).shape[1]
-        self.actor = mlp(num_features, args.hidden_sizes, self.num_actions, 0.01)  # starts near uniform, or mean 0
+        self.actor = mlp(num_features, args.hidden_sizes, self.num_actions, 0.01)  # nearly uniform, or of mean 0
         self.critic = mlp(num_features, args.hidden_sizes, 1, 1.0)
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
-        """What actor and critic see of `obs`, shape (B, *obs_space.shape): a vector each, shape (B, num_features)."""
+        """What actor and critic get to see of `obs`, shape (B, *obs_space.shape): a vector each, (B, num_features)."""
         if self.obs_dtype == np.uint8:
             obs = obs / 255
         if self.is_image:
-            return self.encoder(obs.permute(0, 3, 1, 2) if self.channels_last else obs)
+            return self.convolutions(obs.permute(0, 3, 1, 2) if self.channels_last else obs)
         obs = obs.reshape(len(obs), -1)
-        if self.obs_stats:
-            obs = ((obs - self.obs_stats.mean) * (self.obs_stats.var + 1e-8).rsqrt()).clamp(-10, 10)
-        return obs
+        if self.obs_stats is None:
+            return obs
+        return ((obs - self.obs_stats.mean) * (self.obs_stats.var + 1e-8).rsqrt()).clamp(-10, 10)
 
+    @torch.no_grad()
     def noise(self, rng: np.random.Generator, *shape: int) -> torch.Tensor:
-        """Noise that makes `act` sample from π, shape (*shape, num_actions)."""
+        """Noise that makes `act` sample from π, shape (*shape, num_actions).
+
+        argmax(logits + Gumbel noise) is a sample of the categorical distribution, mean + std * normal noise one of the
+        Gaussian: so the randomness of a whole rollout is drawn at once.
+        """
         shape = (*shape, self.num_actions)
         noise = rng.gumbel(size=shape) if self.is_discrete else rng.standard_normal(shape)
-        return torch.as_tensor(noise, dtype=torch.float32, device=next(self.parameters()).device)
+        noise = torch.as_tensor(noise, dtype=torch.float32, device=next(self.parameters()).device)
+        return noise if self.is_discrete else noise * self.log_std.exp()
 
     def act(self, obs: torch.Tensor, noise: torch.Tensor | float = 0.0) -> torch.Tensor:
-        """Actions, shape (B,) or (B, A): a sample of π(·|s) given `noise` from above, its mode or mean without.
-
-        argmax(logits + Gumbel noise) is a sample of the categorical distribution, mean + std * normal one of the Gaussian.
-        """
-        output = self.actor(self.features(obs))
-        return (output + noise).argmax(-1) if self.is_discrete else output + self.log_std.exp() * noise
+        """Actions a ~ π(·|s) or, without noise, the most likely ones: (B,) if Discrete, else (B, num_actions)."""
+        output = self.actor(self.features(obs)) + noise
+        return output.argmax(-1) if self.is_discrete else output
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """The policy's actions as the environment takes them, shape (B, *action_space.shape)."""
+        """The same actions in the environment's terms, shape (B, *action_space.shape)."""
         if self.is_discrete:
             return actions + self.action_space.start
         actions = self.centre + self.half_range * actions.reshape(-1, *self.action_space.shape)
-        return np.clip(actions, self.action_space.low, self.action_space.high, dtype=self.action_space.dtype)
-
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """V(s), shape (B,)."""
-        return self.critic(self.features(obs)).squeeze(-1)
+        return np.maximum(self.action_space.low, np.minimum(self.action_space.high, actions))
 
     def evaluate_actions(self, obs: torch.Tensor, actions: torch.Tensor):
-        """log π(a|s), the entropy H[π(·|s)] and V(s), each of shape (B,)."""
+        """log π(a|s), entropy H[π(·|s)] and V(s), each of shape (B,)."""
         features = self.features(obs)
         output, values = self.actor(features), self.critic(features).squeeze(-1)
         if self.is_discrete:
             log_p = F.log_softmax(output, dim=-1)
-            return log_p.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1), values
-        z = (actions - output) * (-self.log_std).exp()
+            return -F.nll_loss(log_p, actions, reduction="none"), -(log_p.exp() * log_p).sum(-1), values
+        z = (actions - output) * (-self.log_std).exp()  # of the action before it is clipped to the bounds
         log_probs = -(0.5 * z.square() + self.log_std + 0.5 * np.log(2 * np.pi)).sum(-1)
-        entropy = (self.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum().expand_as(values)
-        return log_probs, entropy, values
+        return log_probs, (self.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum().expand_as(values), values
 
 
-# shared: end
-
-
-# shared: advantages
+# ==== shared: advantages
 def compute_gae(rewards, values, terminated, truncated, gamma: float, gae_lambda: float):
-    """Generalised advantage estimates Â and returns R̂ = Â + V, each of shape (T, N).
+    """Generalised advantage estimates Â and returns R̂ = Â + V, both of shape (T, N).
 
-    rewards, terminated, truncated: arrays (T, N). values: array (T+1, N), the last row V of the observations after the
-    rollout. A terminal state is worth nothing, a truncated one its value; Â never reaches past the end of an episode.
-    The rows of reset steps mean nothing and must not be used. Schulman et al. (2016), equations 11 to 16.
+    rewards, terminated, truncated: (T, N). values: (T+1, N), the last row V of the observations after the rollout.
+    A terminal state is worth 0 and a truncated one its value; no Â reaches past the end of its episode. On the step
+    after an end, which only resets, both results are meaningless. Schulman et al. (2016), equations 11 to 16.
     """
-    deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * ~(terminated | truncated)
     advantages, advantage = np.zeros_like(deltas), 0.0
     for t in reversed(range(len(deltas))):
@@ -330,128 +312,76 @@ def compute_gae(rewards, values, terminated, truncated, gamma: float, gae_lambda
     return advantages, advantages + values[:-1]
 
 
-def finished_episodes(rewards, ended, valid, running):
-    """Episodes that end in a rollout, in order of time: a list of (t, return, length).
-
-    rewards, ended, valid: arrays (T, N). running: array (2, N), return and length so far of the episodes under way,
-    which is brought up to date.
-    """
-    totals = running[:, None] + np.stack([rewards * valid, valid]).cumsum(axis=1)  # (2, T, N), since the rollout's start
-    running[:], episodes = 0, []
-    for t, n in np.argwhere(ended):
-        episodes.append((t, *(totals[:, t, n] - running[:, n])))
-        running[:, n] = totals[:, t, n]
-    running[:] = totals[:, -1] - running
-    return episodes
-
-
-def discounted_sums(rewards, ended, running, gamma: float):
-    """Σ_k γ^k r_{t-k} over the episode so far, shape (T, N). running: (N,), the last sums, which are brought up to date."""
+def discounted_sums(rewards, ended, last, gamma: float):
+    """Σ_k γ^k r_{t-k} over the episode up to each step, (T, N). last: (N,), the sums before the rollout; updated."""
     sums = np.zeros_like(rewards)
     for t in range(len(rewards)):
-        sums[t] = running[:] = rewards[t] + gamma * running
-        running *= ~ended[t]
+        sums[t] = last[:] = rewards[t] + gamma * last
+        last *= ~ended[t]
     return sums
 
 
-# shared: end
-
-
-def ppo_loss(agent: Agent, obs, actions, old_log_probs, old_values, advantages, returns, args: Args):
-    """The loss -L of a minibatch of B transitions, and what to log of it. All tensors but obs and actions: shape (B,)."""
-    log_probs, entropy, values = agent.evaluate_actions(obs, actions)
-    log_ratio = log_probs - old_log_probs
-    ratio = log_ratio.exp()
-    if args.norm_adv:
-        std, mean = torch.std_mean(advantages, correction=0)
-        advantages = (advantages - mean) / (std + 1e-8)
-    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
-
-    value_loss = (values - returns).square()
-    if args.clip_vloss:
-        clipped_values = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
-        value_loss = torch.max(value_loss, (clipped_values - returns).square())
-    value_loss = 0.5 * value_loss.mean()
-
-    entropy = entropy.mean()
-    with torch.no_grad():
-        approx_kl = (ratio - 1 - log_ratio).mean()  # of KL(π_old‖π): never negative, small variance; joschu.net/blog/kl-approx
-        clipfrac = (ratio != clipped_ratio).float().mean()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    return loss, torch.stack([policy_loss.detach(), value_loss.detach(), entropy.detach(), approx_kl, clipfrac])
-
-
-# shared: evaluation
+# ==== shared: evaluation
 @torch.inference_mode()
-def evaluate(agent: Agent, args: Args, folder: Path) -> np.ndarray:
-    """Returns of `args.eval_episodes` whole episodes of the deterministic policy; videos of them go into `folder`.
+def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
+    """Play `args.eval_episodes` whole episodes with the deterministic policy, print and return what they return.
 
-    Every environment plays a number of episodes that is fixed beforehand: the first to finish would favour short ones.
-    An episode that does not end is cut after 27,000 steps (Atari's half hour).
+    Every environment plays a number of them that is fixed beforehand: to take the first that end would favour the
+    short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go beside the checkpoint.
     """
     num_envs = 1 if args.capture_video else min(args.eval_episodes, 16)
-    video_folder = folder / f"videos-{int(time.time())}" if args.capture_video else None
+    video_folder = checkpoint.parent / f"videos-{time.time():.0f}" if args.capture_video else None
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     to_play = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
-    returns, lengths, finished = np.zeros(num_envs), np.zeros(num_envs), []
+    running, lengths, returns = np.zeros(num_envs), np.zeros(num_envs), []
     device = next(agent.parameters()).device
-    obs, _ = envs.reset(seed=args.seed + 1_000_000)  # other episodes than in training
+    obs, _ = envs.reset(seed=args.seed + 10**6)
     while any(to_play):
         actions = agent.act(torch.as_tensor(obs.astype(agent.obs_dtype), device=device)).cpu().numpy()
         obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
-        returns, lengths = returns + rewards, lengths + 1
+        running, lengths = running + rewards * (lengths >= 0), lengths + 1  # length -1: the step only resets
         for n in np.flatnonzero(terminated | truncated | (lengths == 27_000)):
             if to_play[n] > 0:
+                returns.append(float(running[n]))
                 to_play[n] -= 1
-                finished.append(returns[n])
-            returns[n], lengths[n] = 0, -1  # the next step only resets
+            running[n], lengths[n] = 0, -1
     envs.close()
-    return np.array(finished)
+    mean, std = np.mean(returns), np.std(returns)
+    print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}", flush=True)
+    return returns
 
 
-def print_evaluation(returns: np.ndarray, checkpoint: Path) -> None:
-    mean, std = returns.mean(), returns.std()
-    print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}")
-
-
-# shared: end
-
-
-# shared: run
+# ==== shared: run
 def load_checkpoint(path: str | Path, **modules) -> dict:
-    """Read a checkpoint (plain types and tensors only, so that none can run code) and restore `modules` from it."""
+    """Read a checkpoint (plain types and tensors only, which cannot run code), and restore `modules` from it."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         Args(**checkpoint["args"])
-    except OSError as error:
-        raise UsageError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    except Exception as error:
-        raise UsageError(f"{path} is not a checkpoint of {Path(__file__).name}") from error
-    try:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UsageError(f"the checkpoint {path} does not fit the environment or the arguments given") from error
-    return checkpoint
+        return checkpoint
+    except OSError as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    except Exception as error:  # whatever a damaged or foreign file leads to
+        fits = "that fits this environment and these arguments" if modules else "that can be read"
+        raise UsageError(f"{path} is not a checkpoint of {Path(__file__).name} {fits}") from error
 
 
 class Run:
-    """A run's folder with its TensorBoard events and checkpoint, and the progress bar.
+    """A run's folder with its checkpoint and TensorBoard events, and the progress bar.
 
-    modules: what the checkpoint keeps, by name; each has a `state_dict`. Use it as a context: when training is
-    interrupted, it writes a checkpoint, says how to go on, and exits with status 130.
+    modules: what the checkpoint keeps, by name; each has a `state_dict`. As a context it writes a checkpoint when it
+    is entered and when training is interrupted, and then says how to go on and exits with status 130.
     """
 
     def __init__(self, args: Args, rng: np.random.Generator, **modules):
         self.args, self.rng, self.modules, self.global_step = args, rng, modules, 0
+        folder = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
+        self.folder = Path(args.log_dir) / re.sub("[/:]", "-", folder)
         if args.resume:
             checkpoint = load_checkpoint(args.resume, **modules)
             self.global_step, rng.bit_generator.state = checkpoint["global_step"], checkpoint["rng"]
             self.folder = Path(args.resume).parent
-        else:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
-            self.folder = Path(args.log_dir) / re.sub("[/:]", "-", name)
         try:
             self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         except OSError as error:
@@ -459,53 +389,60 @@ class Run:
         if args.track:
             import wandb
 
-            wandb.init(name=self.folder.name, dir=self.folder, config=dataclasses.asdict(args), sync_tensorboard=True)
+            wandb.init(name=self.folder.name, dir=self.folder, config=asdict(args), sync_tensorboard=True)
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
-        self.path = self.folder / "checkpoint.pt"
-        self.first_step, self.next_save, self.start_time = self.global_step, self.global_step, time.perf_counter()
-        self.recent_returns = deque(maxlen=100)
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.first_step, self.start_time = self.global_step, time.perf_counter()
+        self.running, self.recent_returns = np.zeros((2, args.num_envs)), deque(maxlen=100)
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
 
-    def advance(self, steps: int, episodes: list[tuple[int, float, int]], scalars: dict[str, float]) -> None:
-        """Count `steps` environment steps, log the `episodes` (step, return, length) that ended in them and `scalars`."""
-        for step, episodic_return, length in episodes:
-            self.writer.add_scalar("charts/episodic_return", episodic_return, self.global_step + step)
-            self.writer.add_scalar("charts/episodic_length", length, self.global_step + step)
+    def advance(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
+        """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
+        totals = self.running[:, None] + np.cumsum([rewards * valid, valid], axis=1)  # returns and lengths, (2, T, N)
+        self.running[:] = 0
+        for t, n in np.argwhere(ended):
+            episodic_return, length = totals[:, t, n] - self.running[:, n]
+            self.running[:, n] = totals[:, t, n]
+            step = self.global_step + (t + 1) * ended.shape[1]
+            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+            self.writer.add_scalar("charts/episodic_length", length, step)
             self.recent_returns.append(episodic_return)
-        self.global_step += steps
+        self.running[:] = totals[:, -1] - self.running
+
+        self.global_step += ended.size
+        for name, value in scalars.items():
+            if not np.isfinite(value):  # before it can get into the checkpoint
+                raise FloatingPointError(f"{name} is {value} at step {self.global_step}; try a lower --learning-rate")
         sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
         for name, value in {**scalars, "charts/SPS": sps}.items():
             self.writer.add_scalar(name, value, self.global_step)
         if self.recent_returns:
             self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
-        self.bar.update(steps)
-        if self.global_step >= self.next_save:
+        self.bar.update(ended.size)
+        if self.global_step % self.args.checkpoint_interval < ended.size:
             self.save()
 
     def save(self) -> None:
-        """Write the checkpoint to another file, flush it and rename it, so that a kill at any moment leaves one whole."""
-        self.next_save = self.global_step + self.args.checkpoint_interval
-        checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
-        checkpoint["args"] = dataclasses.asdict(dataclasses.replace(self.args, resume="", evaluate=""))
-        checkpoint |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
-        with open(self.path.with_suffix(".tmp"), "wb") as file:
-            torch.save(checkpoint, file)
+        """Write the checkpoint to another file, flush and rename it: a kill at any moment leaves a whole one."""
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
+        state["args"] = asdict(replace(self.args, resume="", evaluate=""))
+        temporary = self.checkpoint.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(self.path.with_suffix(".tmp"), self.path)
+        os.replace(temporary, self.checkpoint)
 
     def finish(self, agent: Agent) -> None:
         """Write the last checkpoint and evaluate the agent."""
         self.save()
+        self.bar.total = self.bar.n  # the budget's rest was less than a rollout
         self.bar.close()
-        if self.args.eval_episodes == 0:
-            print(f"checkpoint={self.path}")
-            return
-        returns = evaluate(agent, self.args, self.folder)
+        returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
         for episode, episodic_return in enumerate(returns):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
-        print_evaluation(returns, self.path)
 
     def __enter__(self):
         self.save()
@@ -514,21 +451,37 @@ class Run:
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         if kind is KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the checkpoint is on its way; a second Ctrl-C would lose it
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would lose the checkpoint
             self.save()
         self.writer.close()
         if kind is not None:
-            print(f"stopped at step {self.global_step}; go on with: python {sys.argv[0]} --resume {self.path}")
+            print(f"stopped at step {self.global_step}; go on with: python {sys.argv[0]} --resume {self.checkpoint}")
         if kind is KeyboardInterrupt:
             sys.exit(130)
 
 
-# shared: end
+# ==== PPO
+def ppo_loss(agent: Agent, obs, actions, old_log_probs, old_values, advantages, returns, args: Args):
+    """The loss -L of B transitions, its parts, and log ρ. All but obs and actions have shape (B,)."""
+    log_probs, entropy, values = agent.evaluate_actions(obs, actions)
+    log_ratio = log_probs - old_log_probs
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+
+    value_loss = F.mse_loss(values, returns)
+    if args.clip_vloss:
+        clipped_values = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
+        value_loss = torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
+
+    entropy = entropy.mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    return loss, policy_loss, value_loss, entropy, log_ratio
 
 
 def train(args: Args) -> Agent:
-    """Train an agent, evaluate it, return it. UsageError comes before anything is written."""
+    """Train an agent, evaluate it, return it. A UsageError comes before anything is written."""
     device = select_device(args.device)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
@@ -540,90 +493,105 @@ def train(args: Args) -> Agent:
 
     T, N = args.num_steps, args.num_envs
     obs = np.zeros((T + 1, *envs.observation_space.shape), agent.obs_dtype)
-    actions = np.zeros((T, N), np.int64) if agent.is_discrete else np.zeros((T, N, agent.num_actions), np.float32)
+    actions = np.zeros((T + 1, N) if agent.is_discrete else (T + 1, N, agent.num_actions), agent.action_dtype)
     rewards = np.zeros((T, N), np.float32)
     terminated, truncated = np.zeros((2, T, N), bool)
-    valid = np.ones((T, N), bool)  # not a step that only resets
-    running = np.zeros((2, N))  # return and length so far of the episodes under way
-    discounted = np.zeros(N, np.float32)  # Σ γ^k r_{t-k}, for the scale of the rewards
+    valid = np.ones((T, N), bool)  # false on steps that only reset
+    discounted = np.zeros(N, np.float32)
+    obs_tensor, actions_tensor = torch.from_numpy(obs), torch.from_numpy(actions)  # the same memory
 
     with Run(args, rng, agent=agent, optimizer=optimizer) as run:
         obs[T], _ = envs.reset(seed=args.seed + run.global_step)
         while run.global_step + T * N <= args.total_timesteps:
-            # Collect: T steps of N environments with π_old. The last observation of the rollout before is the first.
+            # Collect T steps of N environments with π_old. The rollout begins where the last one ended.
             obs[0], valid[0] = obs[T], ~(terminated[-1] | truncated[-1])
-            noise = agent.noise(rng, T, N)
             with torch.inference_mode():
-                for t in range(T):
-                    actions[t] = agent.act(torch.as_tensor(obs[t], device=device), noise[t]).cpu().numpy()
+                for t, noise in enumerate(agent.noise(rng, T, N)):
+                    actions[t] = agent.act(obs_tensor[t].to(device), noise).cpu().numpy()
                     obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
             ended = terminated | truncated
             valid[1:] = ~ended[:-1]
 
-            # Estimate: log π_old(a_t|s_t), V(s_t), and from them Â_t and R̂_t.
-            scaled_rewards = rewards
+            # log π_old(a_t|s_t) and V(s_t) of the whole rollout in one batch; from them Â_t and R̂_t.
+            b_obs, b_actions = obs_tensor.flatten(0, 1).to(device), actions_tensor.flatten(0, 1).to(device)
+            with torch.no_grad():
+                b_log_probs, _, b_values = agent.evaluate_actions(b_obs, b_actions)
+            values, scale = b_values.view(T + 1, N).cpu().numpy(), 1.0
             if args.norm_reward:
                 sums = discounted_sums(rewards, ended, discounted, args.gamma)
                 agent.return_stats.update(torch.as_tensor(sums[valid], device=device))
-                scaled_rewards = (rewards / (agent.return_stats.var.item() + 1e-8) ** 0.5).clip(-10, 10)
-            b_obs, b_actions = (torch.as_tensor(x, device=device).flatten(0, 1) for x in (obs[:T], actions))
-            with torch.no_grad():
-                old_log_probs, _, old_values = agent.evaluate_actions(b_obs, b_actions)
-                last_values = agent.value(torch.as_tensor(obs[T], device=device))
-            values = torch.cat([old_values, last_values]).view(T + 1, N).cpu().numpy()
-            advantages, returns = compute_gae(scaled_rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
+                scale = agent.return_stats.var.item() ** 0.5 + 1e-8
+            scaled_rewards = (rewards / scale).clip(-10, 10)
+            advantages, returns = compute_gae(
+                scaled_rewards, values, terminated, truncated, args.gamma, args.gae_lambda
+            )
+            explained_variance = 1 - np.var((returns - values[:T])[valid]) / (np.var(returns[valid]) + 1e-8)
+            if args.norm_adv:
+                advantages = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
             b_advantages, b_returns = (torch.as_tensor(x, device=device).flatten() for x in (advantages, returns))
-            batch = (b_obs, b_actions, old_log_probs, old_values, b_advantages, b_returns)
+            batch = (b_obs, b_actions, b_log_probs, b_values, b_advantages, b_returns)
 
-            # Learn: K epochs of minibatches, each a step up the gradient of L.
+            # Climb L for K epochs of minibatches.
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.global_step / args.total_timesteps)
-            transitions, stats = np.flatnonzero(valid), []
+            transitions = np.flatnonzero(valid)
             for _ in range(args.update_epochs):
-                for minibatch in np.array_split(rng.permutation(transitions), args.num_minibatches):
-                    rows = torch.as_tensor(minibatch, device=device)
-                    loss, loss_stats = loss_function(agent, *(x[rows] for x in batch), args)
+                rows, log_ratios = torch.as_tensor(rng.permutation(transitions), device=device), []
+                for minibatch in zip(*(x[rows].tensor_split(args.num_minibatches) for x in batch), strict=True):
+                    loss, policy_loss, value_loss, entropy, log_ratio = loss_function(agent, *minibatch, args)
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
-                    stats.append(loss_stats)
-                if args.target_kl is not None and loss_stats[3] > args.target_kl:
+                    log_ratios.append(log_ratio.detach())
+                log_ratio = torch.cat(log_ratios)
+                ratio = log_ratio.exp()
+                approx_kl = (ratio - 1 - log_ratio).mean().item()  # estimates KL(π_old‖π), and is never negative
+                if args.target_kl is not None and approx_kl > args.target_kl:
                     break
-            if args.norm_obs:  # after the last use of this rollout: π_old and ρ must see the same observations
-                agent.obs_stats.update(b_obs[transitions].flatten(1))
+            if args.norm_obs:  # only now: act, π_old and every ρ of this rollout have seen the same statistics
+                agent.obs_stats.update(b_obs[rows].flatten(1))
 
-            names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-            scalars = {f"losses/{name}": x for name, x in zip(names, torch.stack(stats).mean(0).tolist())}
-            residual = (returns - values[:-1])[valid]
-            scalars["losses/explained_variance"] = 1 - residual.var() / (returns[valid].var() + 1e-8)
-            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            episodes = finished_episodes(rewards, ended, valid, running)
-            run.advance(T * N, [((t + 1) * N, *episode) for t, *episode in episodes], scalars)
+            run.advance(
+                rewards,
+                ended,
+                valid,
+                {
+                    "losses/policy_loss": policy_loss.item(),  # the losses are those of the last minibatch
+                    "losses/value_loss": value_loss.item(),
+                    "losses/entropy": entropy.item(),
+                    "losses/approx_kl": approx_kl,
+                    "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean().item(),
+                    "losses/explained_variance": explained_variance,
+                    "charts/learning_rate": optimizer.param_groups[0]["lr"],
+                },
+            )
         envs.close()
         run.finish(agent)
     return agent
 
 
-# shared: main
+# ==== shared: main
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 2 bad arguments, 130 interrupted."""
-    for interrupt in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(interrupt, signal.default_int_handler)
-    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py where the user stands
+    """Run the command line. Exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # both raise KeyboardInterrupt
+    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the folder the user stands in
     try:
         args = parse_args()
-        if args.evaluate:
-            envs = make_envs(args, 1)
-            agent = Agent(envs.single_observation_space, envs.single_action_space, args)
-            load_checkpoint(args.evaluate, agent=agent)
-            agent.to(select_device(args.device))
-            print_evaluation(evaluate(agent, args, Path(args.evaluate).parent), args.evaluate)
-        else:
+        if not args.evaluate:
             train(args)
+            return
+        envs = make_envs(args, num_envs=1)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+        load_checkpoint(args.evaluate, agent=agent)
+        evaluate(agent.to(select_device(args.device)), args, Path(args.evaluate))
     except UsageError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -62,21 +62,16 @@ class TemplateEnv(gym.Env):
     Action: Discrete(4), a full push right, up, left or down; or, if continuous, Box(-1, 1, (2,)), a push along x and y.
     Reward: distance gained in the step, minus STEP_COST, plus GOAL_BONUS on arrival.
     Start: a random position at rest and a random goal, at least MIN_START_DISTANCE apart.
-    End: terminated within GOAL_RADIUS of the goal; truncated after `max_episode_steps`.
+    End: terminated within GOAL_RADIUS of the goal; truncated after `time_limit` steps.
     Info: `distance` to the goal (float) and `is_success` (bool).
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 15}
 
-    def __init__(self, continuous: bool = False, max_episode_steps: int = 100, render_mode: str | None = None):
-        """Choose the kind of actions and the time limit in steps.
-
-        `gym.make(..., max_episode_steps=n)` does not reach this argument: Gymnasium keeps that name for a limit of its
-        own, which can shorten an episode but not lengthen it. For a longer one, change the default here.
-        """
+    def __init__(self, continuous: bool = False, time_limit: int = 100, render_mode: str | None = None):
         assert render_mode is None or render_mode in self.metadata["render_modes"]
         self.continuous = continuous
-        self.max_episode_steps = max_episode_steps
+        self.time_limit = time_limit  # steps
         self.render_mode = render_mode
 
         self.observation_space = spaces.Box(-1.0, 1.0, shape=(6,), dtype=np.float32)
@@ -128,7 +123,7 @@ class TemplateEnv(gym.Env):
     def _get_done(self) -> tuple[bool, bool]:
         """Whether the episode is over, as (terminated, truncated): by the task itself, or by the clock."""
         terminated = self._at_goal()
-        truncated = not terminated and self.steps >= self.max_episode_steps
+        truncated = not terminated and self.steps >= self.time_limit
         return terminated, truncated
 
     def _get_info(self) -> dict:
