@@ -339,12 +339,12 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     while any(to_play):
         actions = agent.act(torch.as_tensor(obs.astype(agent.obs_dtype), device=device)).cpu().numpy()
         obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
-        running, lengths = running + rewards * (lengths >= 0), lengths + 1  # length -1: the step only resets
+        running, lengths = running + rewards, lengths + 1  # a step that only resets has reward 0
         for n in np.flatnonzero(terminated | truncated | (lengths == 27_000)):
             if to_play[n] > 0:
                 returns.append(float(running[n]))
                 to_play[n] -= 1
-            running[n], lengths[n] = 0, -1
+            running[n], lengths[n] = 0, 0
     envs.close()
     mean, std = np.mean(returns), np.std(returns)
     print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}", flush=True)
@@ -399,7 +399,9 @@ class Run:
 
     def advance(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
         """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
-        totals = self.running[:, None] + np.cumsum([rewards * valid, valid], axis=1)  # returns and lengths, (2, T, N)
+        totals = self.running[:, None] + np.cumsum(
+            [rewards, valid], axis=1, dtype=float
+        )  # returns and lengths, (2, T, N)
         self.running[:] = 0
         for t, n in np.argwhere(ended):
             episodic_return, length = totals[:, t, n] - self.running[:, n]
@@ -484,6 +486,7 @@ def train(args: Args) -> Agent:
     """Train an agent, evaluate it, return it. A UsageError comes before anything is written."""
     device = select_device(args.device)
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = True
     rng = np.random.default_rng(args.seed)
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -516,15 +519,12 @@ def train(args: Args) -> Agent:
             b_obs, b_actions = obs_tensor.flatten(0, 1).to(device), actions_tensor.flatten(0, 1).to(device)
             with torch.no_grad():
                 b_log_probs, _, b_values = agent.evaluate_actions(b_obs, b_actions)
-            values, scale = b_values.view(T + 1, N).cpu().numpy(), 1.0
+            values, scaled = b_values.view(T + 1, N).cpu().numpy(), rewards
             if args.norm_reward:
                 sums = discounted_sums(rewards, ended, discounted, args.gamma)
                 agent.return_stats.update(torch.as_tensor(sums[valid], device=device))
-                scale = agent.return_stats.var.item() ** 0.5 + 1e-8
-            scaled_rewards = (rewards / scale).clip(-10, 10)
-            advantages, returns = compute_gae(
-                scaled_rewards, values, terminated, truncated, args.gamma, args.gae_lambda
-            )
+                scaled = (rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8)).clip(-10, 10)
+            advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
             explained_variance = 1 - np.var((returns - values[:T])[valid]) / (np.var(returns[valid]) + 1e-8)
             if args.norm_adv:
                 advantages = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
@@ -552,20 +552,16 @@ def train(args: Args) -> Agent:
             if args.norm_obs:  # only now: act, π_old and every ρ of this rollout have seen the same statistics
                 agent.obs_stats.update(b_obs[rows].flatten(1))
 
-            run.advance(
-                rewards,
-                ended,
-                valid,
-                {
-                    "losses/policy_loss": policy_loss.item(),  # the losses are those of the last minibatch
-                    "losses/value_loss": value_loss.item(),
-                    "losses/entropy": entropy.item(),
-                    "losses/approx_kl": approx_kl,
-                    "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean().item(),
-                    "losses/explained_variance": explained_variance,
-                    "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                },
-            )
+            scalars = {
+                "losses/policy_loss": policy_loss.item(),  # the losses are those of the last minibatch
+                "losses/value_loss": value_loss.item(),
+                "losses/entropy": entropy.item(),
+                "losses/approx_kl": approx_kl,
+                "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean().item(),
+                "losses/explained_variance": explained_variance,
+                "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            }
+            run.advance(rewards, ended, valid, scalars)
         envs.close()
         run.finish(agent)
     return agent
