@@ -21,6 +21,7 @@ arXiv:1707.06347. Â_t is GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan,
 import contextlib
 import importlib.util
 import io
+import math
 import os
 import re
 import signal
@@ -149,7 +150,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
     For evaluation Atari's rewards are not clipped. With `video_folder` every episode is written there as mp4.
     """
     atari = args.env_id.startswith("ALE/")
-    options = {"vectorization_mode": "async" if args.async_envs else None}
+    options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else None}
     if video_folder:
         os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
         record = partial(gym.wrappers.RecordVideo, video_folder=str(video_folder), episode_trigger=lambda _: True)
@@ -157,7 +158,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
         if atari:  # what ale-py's vector environment, which cannot render, does in C++
             stack = partial(gym.wrappers.FrameStackObservation, stack_size=4)
             options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
-    elif atari and not args.async_envs:
+    elif atari:
         options["reward_clipping"] = not evaluation
     try:
         envs = gym.make_vec(f"ale_py:{args.env_id}" if atari else args.env_id, num_envs, **options)
@@ -251,7 +252,7 @@ class Agent(nn.Module):
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         """What actor and critic get to see of `obs`, shape (B, *obs_space.shape): a vector each, (B, num_features)."""
-        if self.obs_dtype == np.uint8:
+        if obs.dtype == torch.uint8:
             obs = obs / 255
         if self.is_image:
             return self.convolutions(obs.permute(0, 3, 1, 2) if self.channels_last else obs)
@@ -292,8 +293,8 @@ class Agent(nn.Module):
             log_p = F.log_softmax(output, dim=-1)
             return -F.nll_loss(log_p, actions, reduction="none"), -(log_p.exp() * log_p).sum(-1), values
         z = (actions - output) * (-self.log_std).exp()  # of the action before it is clipped to the bounds
-        log_probs = -(0.5 * z.square() + self.log_std + 0.5 * np.log(2 * np.pi)).sum(-1)
-        return log_probs, (self.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum().expand_as(values), values
+        log_probs = -(0.5 * z.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+        return log_probs, (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand_as(values), values
 
 
 # ==== shared: advantages
@@ -330,7 +331,7 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go beside the checkpoint.
     """
     num_envs = 1 if args.capture_video else min(args.eval_episodes, 16)
-    video_folder = checkpoint.parent / f"videos-{time.time():.0f}" if args.capture_video else None
+    video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     to_play = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
     running, lengths, returns = np.zeros(num_envs), np.zeros(num_envs), []
@@ -376,7 +377,7 @@ class Run:
 
     def __init__(self, args: Args, rng: np.random.Generator, **modules):
         self.args, self.rng, self.modules, self.global_step = args, rng, modules, 0
-        folder = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
+        folder = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.folder = Path(args.log_dir) / re.sub("[/:]", "-", folder)
         if args.resume:
             checkpoint = load_checkpoint(args.resume, **modules)
@@ -389,7 +390,7 @@ class Run:
         if args.track:
             import wandb
 
-            wandb.init(name=self.folder.name, dir=self.folder, config=asdict(args), sync_tensorboard=True)
+            wandb.init(name=self.folder.name, dir=self.folder.parent, config=asdict(args), sync_tensorboard=True)
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.checkpoint = self.folder / "checkpoint.pt"
@@ -399,18 +400,16 @@ class Run:
 
     def advance(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
         """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
-        totals = self.running[:, None] + np.cumsum(
-            [rewards, valid], axis=1, dtype=float
-        )  # returns and lengths, (2, T, N)
-        self.running[:] = 0
+        totals = np.cumsum([rewards, valid], axis=1, dtype=float)  # return and length since the rollout began
+        totals, finished = totals + self.running[:, None], np.zeros_like(self.running)
         for t, n in np.argwhere(ended):
-            episodic_return, length = totals[:, t, n] - self.running[:, n]
-            self.running[:, n] = totals[:, t, n]
+            episodic_return, length = totals[:, t, n] - finished[:, n]
+            finished[:, n] = totals[:, t, n]
             step = self.global_step + (t + 1) * ended.shape[1]
             self.writer.add_scalar("charts/episodic_return", episodic_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
             self.recent_returns.append(episodic_return)
-        self.running[:] = totals[:, -1] - self.running
+        self.running = totals[:, -1] - finished
 
         self.global_step += ended.size
         for name, value in scalars.items():
@@ -447,18 +446,22 @@ class Run:
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
 
     def __enter__(self):
+        signals = (signal.SIGINT, signal.SIGTERM)  # both raise KeyboardInterrupt
+        self.handlers = {number: signal.signal(number, signal.default_int_handler) for number in signals}
         self.save()
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         if kind is KeyboardInterrupt:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self.handlers:
                 signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would lose the checkpoint
             self.save()
-        self.writer.close()
         if kind is not None:
             print(f"stopped at step {self.global_step}; go on with: python {sys.argv[0]} --resume {self.checkpoint}")
+        self.writer.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if kind is KeyboardInterrupt:
             sys.exit(130)
 
@@ -492,7 +495,7 @@ def train(args: Args) -> Agent:
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
-    loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
+    loss_function = torch.compile(ppo_loss, fullgraph=True) if args.compile else ppo_loss
 
     T, N = args.num_steps, args.num_envs
     obs = np.zeros((T + 1, *envs.observation_space.shape), agent.obs_dtype)
@@ -570,8 +573,6 @@ def train(args: Args) -> Agent:
 # ==== shared: main
 def main() -> None:
     """Run the command line. Exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)  # both raise KeyboardInterrupt
     sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the folder the user stands in
     try:
         args = parse_args()
