@@ -27,6 +27,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -88,20 +89,22 @@ class Args:
         # shared: validation
         for names, low, high in (
             ("total_timesteps checkpoint_interval", 1, 1e12),
-            ("num_envs num_steps num_minibatches update_epochs hidden_sizes", 1, 1e5),
+            ("num_steps", 2, 1e6),
+            ("num_envs num_minibatches update_epochs hidden_sizes", 1, 1e4),
             ("learning_rate max_grad_norm clip_coef target_kl", 1e-9, 1e9),
             ("gamma gae_lambda", 0, 1),
             ("ent_coef vf_coef eval_episodes seed", 0, 1e9),
         ):
             for name in names.split():
-                for value in np.atleast_1d(getattr(self, name)):
+                for value in np.atleast_1d(getattr(self, name, None)):  # no algorithm has them all
                     if value is not None and not low <= value <= high:  # so that NaN is refused, too
                         raise UsageError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
         if self.evaluate and (self.resume or self.eval_episodes == 0):
             raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
-        for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-            if getattr(self, flag) and importlib.util.find_spec(package) is None:
-                raise UsageError(f"--{flag.replace('_', '-')} needs a package that is missing: pip install {package}")
+        atari = self.env_id.startswith("ALE/")
+        for needed, package in ((atari, "ale_py"), (self.track, "wandb"), (self.capture_video, "moviepy")):
+            if needed and importlib.util.find_spec(package) is None:
+                raise UsageError(f"this needs the package {package}, which is missing: pip install {package}")
         # shared: end
         if self.num_envs * self.num_steps > self.total_timesteps:
             raise UsageError("--total-timesteps must be at least one rollout, --num-envs times --num-steps")
@@ -161,7 +164,8 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
     elif atari:
         options["reward_clipping"] = not evaluation
     try:
-        envs = gym.make_vec(f"ale_py:{args.env_id}" if atari else args.env_id, num_envs, **options)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            envs = gym.make_vec(f"ale_py:{args.env_id}" if atari else args.env_id, num_envs, **options)
     except (gym.error.Error, ImportError) as error:
         raise UsageError(f"cannot make the environment {args.env_id}: {error}") from error
     space = envs.single_observation_space
@@ -283,7 +287,8 @@ class Agent(nn.Module):
         if self.is_discrete:
             return actions + self.action_space.start
         actions = self.centre + self.half_range * actions.reshape(-1, *self.action_space.shape)
-        return np.maximum(self.action_space.low, np.minimum(self.action_space.high, actions))
+        actions = np.maximum(self.action_space.low, np.minimum(self.action_space.high, actions))
+        return actions.astype(self.action_space.dtype, copy=False)
 
     def evaluate_actions(self, obs: torch.Tensor, actions: torch.Tensor):
         """log π(a|s), entropy H[π(·|s)] and V(s), each of shape (B,)."""
@@ -325,7 +330,7 @@ def discounted_sums(rewards, ended, last, gamma: float):
 # ==== shared: evaluation
 @torch.inference_mode()
 def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
-    """Play `args.eval_episodes` whole episodes with the deterministic policy, print and return what they return.
+    """Returns of `args.eval_episodes` whole episodes of the deterministic policy.
 
     Every environment plays a number of them that is fixed beforehand: to take the first that end would favour the
     short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go beside the checkpoint.
@@ -334,30 +339,35 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     to_play = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
-    running, lengths, returns = np.zeros(num_envs), np.zeros(num_envs), []
+    running, lengths, ended, returns = np.zeros(num_envs), np.zeros(num_envs), np.zeros(num_envs, bool), []
     device = next(agent.parameters()).device
     obs, _ = envs.reset(seed=args.seed + 10**6)
     while any(to_play):
         actions = agent.act(torch.as_tensor(obs.astype(agent.obs_dtype), device=device)).cpu().numpy()
         obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
-        running, lengths = running + rewards, lengths + 1  # a step that only resets has reward 0
-        for n in np.flatnonzero(terminated | truncated | (lengths == 27_000)):
+        running, lengths = running + rewards * ~ended, lengths + 1  # the step after an end only resets
+        ended = terminated | truncated
+        for n in np.flatnonzero(ended | (lengths == 27_000)):
             if to_play[n] > 0:
                 returns.append(float(running[n]))
                 to_play[n] -= 1
             running[n], lengths[n] = 0, 0
     envs.close()
-    mean, std = np.mean(returns), np.std(returns)
-    print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}", flush=True)
     return returns
+
+
+def print_evaluation(returns: list[float], checkpoint: Path) -> None:
+    mean, std = (np.mean(returns), np.std(returns)) if returns else (np.nan, np.nan)
+    print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}")
 
 
 # ==== shared: run
 def load_checkpoint(path: str | Path, **modules) -> dict:
     """Read a checkpoint (plain types and tensors only, which cannot run code), and restore `modules` from it."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        _ = Args(**checkpoint["args"]), checkpoint["global_step"], checkpoint["rng"]  # all there?
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint
@@ -390,7 +400,8 @@ class Run:
         if args.track:
             import wandb
 
-            wandb.init(name=self.folder.name, dir=self.folder.parent, config=asdict(args), sync_tensorboard=True)
+            name, folder = self.folder.name, self.folder.parent
+            self.mirror = wandb.init(name=name, dir=folder, config=asdict(args), sync_tensorboard=True)
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.checkpoint = self.folder / "checkpoint.pt"
@@ -413,8 +424,8 @@ class Run:
 
         self.global_step += ended.size
         for name, value in scalars.items():
-            if not np.isfinite(value):  # before it can get into the checkpoint
-                raise FloatingPointError(f"{name} is {value} at step {self.global_step}; try a lower --learning-rate")
+            if not np.isfinite(value):  # stop before it gets into the checkpoint
+                sys.exit(f"error: {name} is {value} at step {self.global_step}; a lower --learning-rate may help")
         sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
         for name, value in {**scalars, "charts/SPS": sps}.items():
             self.writer.add_scalar(name, value, self.global_step)
@@ -444,24 +455,26 @@ class Run:
         returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
         for episode, episodic_return in enumerate(returns):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
+        self.writer.close()
+        if self.args.track:
+            self.mirror.finish()
+        print_evaluation(returns, self.checkpoint)
 
     def __enter__(self):
-        signals = (signal.SIGINT, signal.SIGTERM)  # both raise KeyboardInterrupt
-        self.handlers = {number: signal.signal(number, signal.default_int_handler) for number in signals}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
         self.save()
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         if kind is KeyboardInterrupt:
-            for number in self.handlers:
+            for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would lose the checkpoint
             self.save()
+        self.writer.close()
         if kind is not None:
             print(f"stopped at step {self.global_step}; go on with: python {sys.argv[0]} --resume {self.checkpoint}")
-        self.writer.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
         if kind is KeyboardInterrupt:
             sys.exit(130)
 
@@ -517,6 +530,7 @@ def train(args: Args) -> Agent:
                     obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
             ended = terminated | truncated
             valid[1:] = ~ended[:-1]
+            rewards *= valid
 
             # log π_old(a_t|s_t) and V(s_t) of the whole rollout in one batch; from them Â_t and R̂_t.
             b_obs, b_actions = obs_tensor.flatten(0, 1).to(device), actions_tensor.flatten(0, 1).to(device)
@@ -582,13 +596,11 @@ def main() -> None:
         envs = make_envs(args, num_envs=1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args)
         load_checkpoint(args.evaluate, agent=agent)
-        evaluate(agent.to(select_device(args.device)), args, Path(args.evaluate))
+        checkpoint = Path(args.evaluate)
+        print_evaluation(evaluate(agent.to(select_device(args.device)), args, checkpoint), checkpoint)
     except UsageError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,0 +1,113 @@
+"""Small environments with spaces of every kind, which check what an algorithm sends them.
+
+ids: Observe{NAME}-v0 with Discrete and Observe{NAME}Continuous-v0 with Box actions, for NAME in OBSERVATIONS;
+Act{NAME}-v0 for NAME in ACTIONS; and a few with other oddities, at the end of the file.
+"""
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+VECTOR = spaces.Box(-1, 1, (3,))
+PUSH = spaces.Box(-1, 1, (2,))
+MAX = np.finfo(np.float32).max
+
+OBSERVATIONS = {
+    "Vector": VECTOR,
+    "Matrix": spaces.Box(-1, 1, (3, 4)),
+    "Scalar": spaces.Box(-1, 1, ()),
+    "Float64": spaces.Box(-np.inf, np.inf, (3,), np.float64),
+    "Int": spaces.Box(-5, 5, (3,), np.int64),
+    "Discrete": spaces.Discrete(5, start=2),
+    "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
+    "MultiBinary": spaces.MultiBinary(4),
+    "Text": spaces.Text(5),
+    "Dict": spaces.Dict({"b": spaces.Discrete(3), "a": spaces.Dict({"c": VECTOR})}),
+    "Tuple": spaces.Tuple((VECTOR, spaces.Discrete(3), spaces.Box(0, 255, (2, 2), np.uint8))),
+    "ChannelsFirst": spaces.Box(0, 255, (3, 36, 40), np.uint8),
+    "ChannelsLast": spaces.Box(0, 255, (40, 36, 1), np.uint8),
+    "SmallImage": spaces.Box(0, 255, (8, 8, 3), np.uint8),
+    "GreyImage": spaces.Box(0, 255, (40, 40), np.uint8),
+    "Ram": spaces.Box(0, 255, (128,), np.uint8),
+    "Sequence": spaces.Sequence(VECTOR),
+    "Graph": spaces.Graph(VECTOR, None),
+    "DictOfSequence": spaces.Dict({"a": VECTOR, "b": spaces.Sequence(VECTOR)}),
+}
+UNFIT_OBSERVATIONS = "Sequence", "Graph", "DictOfSequence"
+
+ACTIONS = {
+    "Discrete": spaces.Discrete(3),
+    "Start": spaces.Discrete(3, start=5),
+    "NegativeStart": spaces.Discrete(3, start=-1),
+    "OneChoice": spaces.Discrete(1),
+    "Box": spaces.Box(-1, 1, (1,)),
+    "Scalar": spaces.Box(-2, 2, ()),
+    "Matrix": spaces.Box(-1, 1, (2, 3)),
+    "Float64": spaces.Box(-1, 1, (2,), np.float64),
+    "Float16": spaces.Box(-1, 1, (2,), np.float16),
+    "Asymmetric": spaces.Box(np.array([2, -300], np.float32), np.array([6, -100], np.float32)),
+    "Unbounded": spaces.Box(np.array([-np.inf, -1], np.float32), np.array([np.inf, 1], np.float32)),
+    "HalfBounded": spaces.Box(np.array([0, -np.inf], np.float32), np.array([np.inf, 0], np.float32)),
+    "Widest": spaces.Box(-MAX, MAX, (2,)),
+    "MultiDiscrete": spaces.MultiDiscrete([2, 2]),
+    "MultiBinary": spaces.MultiBinary(2),
+    "IntBox": spaces.Box(0, 3, (2,), np.int64),
+    "Dict": spaces.Dict({"a": PUSH}),
+    "Tuple": spaces.Tuple((spaces.Discrete(2), PUSH)),
+}
+UNFIT_ACTIONS = "MultiDiscrete", "MultiBinary", "IntBox", "Dict", "Tuple"
+
+seen_actions = []  # by all environments of this process; a test empties it before it looks
+
+
+class OddEnv(gym.Env):
+    """Random observations and rewards; ends after 5 steps, in turn by termination and by truncation.
+
+    A wrongly shaped, typed or scaled action is an AssertionError.
+    """
+
+    def __init__(self, observation_space, action_space, reward: float | None = None, render_mode: str | None = None):
+        self.observation_space, self.action_space = copy.deepcopy((observation_space, action_space))
+        self.reward, self.episodes = reward, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps, self.episodes = 0, self.episodes + 1
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        if self.action_space.shape == ():  # a vector environment hands out numpy's scalars
+            action = np.asarray(action)
+        assert self.action_space.contains(action), f"{self.action_space} does not contain {action!r}"
+        seen_actions.append(action)
+        self.steps += 1
+        ended = self.steps == 5
+        reward = self.np_random.normal() if self.reward is None else self.reward
+        terminated, truncated = ended and self.episodes % 2 == 0, ended and self.episodes % 2 == 1
+        return self.observation_space.sample(), reward, terminated, truncated, {}
+
+
+def make_same_step(num_envs: int, **kwargs):
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    return gym.vector.SyncVectorEnv([lambda: OddEnv(VECTOR, spaces.Discrete(2))] * num_envs, autoreset_mode=mode)
+
+
+def register(name: str, observation_space, action_space, **kwargs) -> None:
+    if f"{name}-v0" not in gym.registry:
+        spaces = {"observation_space": observation_space, "action_space": action_space}
+        gym.register(f"{name}-v0", entry_point=f"{__name__}:OddEnv", kwargs=spaces | kwargs)
+
+
+for name, space in OBSERVATIONS.items():
+    register(f"Observe{name}", space, spaces.Discrete(2))
+    register(f"Observe{name}Continuous", space, PUSH)
+for name, space in ACTIONS.items():
+    register(f"Act{name}", VECTOR, space)
+register("NanReward", VECTOR, spaces.Discrete(2), reward=np.nan)
+register("NanRewardContinuous", VECTOR, PUSH, reward=np.nan)
+if "SameStep-v0" not in gym.registry:
+    gym.register("SameStep-v0", entry_point=f"{__name__}:OddEnv", vector_entry_point=make_same_step)
