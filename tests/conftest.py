@@ -149,7 +149,7 @@ forks.set_forkserver_preload(["pytest", "torch.utils.tensorboard", "torch._dynam
 
 
 def _run_forked(path: Path, flags: str, cwd: Path, without: tuple[str, ...]) -> None:
-    multiprocessing.set_start_method(None, force=True)  # the default again
+    multiprocessing.set_start_method(None, force=True)  # as in a process of its own: the default
     os.setsid()  # a process group of its own, as in a terminal
     os.chdir(cwd)
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -179,7 +179,8 @@ class Launched:
 
     def stop(self, number: int = 0, group: bool = False, timeout: float = 60) -> Result:
         """Send a signal (0: none), to its children too if `group`; wait for the end and return the result."""
-        (os.killpg if group else os.kill)(self.process.pid, number)
+        if number:
+            (os.killpg if group else os.kill)(self.process.pid, number)
         self.process.join(timeout)
         assert not self.process.is_alive(), "it does not end"
         out, err = ((self.cwd / name).read_text() for name in ("stdout", "stderr"))
@@ -197,6 +198,6 @@ def launch():
 
     yield start
     for script in started:
-        with contextlib.suppress(ProcessLookupError):
+        if script.process.is_alive():
             os.killpg(script.process.pid, signal.SIGKILL)
-        script.process.join()
+            script.process.join()

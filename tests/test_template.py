@@ -69,11 +69,16 @@ def test_reaching_the_goal_terminates_with_the_bonus(env):
         assert (terminated, truncated, info["is_success"]) == (True, False, True)
         assert info["distance"] <= template.GOAL_RADIUS
         start, end = (2 * np.linalg.norm(obs[4:]) for obs in (observations[0], observations[-1]))
-        assert start >= template.MIN_START_DISTANCE
         expected = start - end - template.STEP_COST * len(rewards) + template.GOAL_BONUS
         assert sum(rewards) == pytest.approx(expected, abs=1e-5)
         assert rewards[-1] > 0.9  # the bonus comes with the arrival
         assert max(rewards[:-1]) < 0.15
+
+
+def test_starts_are_at_rest_and_away_from_the_goal(env):
+    starts = np.array([env.reset(seed=seed)[0] for seed in range(100)])
+    assert (2 * np.linalg.norm(starts[:, 4:], axis=1) >= template.MIN_START_DISTANCE).all()
+    assert not starts[:, 2:4].any()
 
 
 def test_the_time_limit_truncates(env):
@@ -106,14 +111,26 @@ def test_walls_stop_the_point_and_observations_stay_in_their_space(env):
         assert len({id(obs) for obs in observations}) == len(observations)
 
 
-def test_rendering_gives_a_picture_of_the_state(env):
-    env.reset(seed=0)
-    first = env.render()
-    assert first.shape == (template.FRAME_SIZE, template.FRAME_SIZE, 3)
-    assert first.dtype == np.uint8
-    assert len(np.unique(first.reshape(-1, 3), axis=0)) > 3
-    env.step(push(env, np.array([1.0, 0.0])))
-    assert not np.array_equal(first, env.render())
+def test_pushes_out_of_bounds_are_clipped():
+    env = gym.make("envs.template:TemplateContinuous-v0").unwrapped
+    ends = []
+    for action in ([1.0, -1.0], [5.0, -1e9]):
+        env.reset(seed=0)
+        ends.append(env.step(np.array(action))[0])
+    np.testing.assert_array_equal(*ends)
+
+
+def test_rendering_gives_a_picture_with_the_point_in_its_place(env):
+    for seed in range(3):
+        env.reset(seed=seed)
+        env.step(push(env, np.array([1.0, 0.0])))
+        picture = env.render()
+        size = template.FRAME_SIZE
+        assert picture.shape == (size, size, 3)
+        assert picture.dtype == np.uint8
+        row, column = np.argwhere((picture == template.AGENT).all(-1)).mean(0)
+        x, y = env.unwrapped.position
+        assert ((column - size / 2) * 2.3 / size, (size / 2 - row) * 2.3 / size) == pytest.approx((x, y), abs=0.02)
 
 
 def test_importing_it_again_is_silent_and_leaves_the_ids_usable():
