@@ -163,11 +163,14 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
             options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
     elif atari:
         options["reward_clipping"] = not evaluation
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the processes of --async-envs: Ctrl-C is not for them
     try:
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             envs = gym.make_vec(f"ale_py:{args.env_id}" if atari else args.env_id, num_envs, **options)
     except (gym.error.Error, ImportError) as error:
         raise UsageError(f"cannot make the environment {args.env_id}: {error}") from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
     space = envs.single_observation_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UsageError(f"{args.env_id} must reset on the next step (AutoresetMode.NEXT_STEP)")
@@ -379,10 +382,9 @@ def load_checkpoint(path: str | Path, **modules) -> dict:
 
 
 class Run:
-    """A run's folder with its checkpoint and TensorBoard events, and the progress bar.
+    """A run's folder with its checkpoint and TensorBoard events, the progress bar, and the answer to Ctrl-C.
 
-    modules: what the checkpoint keeps, by name; each has a `state_dict`. As a context it writes a checkpoint when it
-    is entered and when training is interrupted, and then says how to go on and exits with status 130.
+    modules: what the checkpoint keeps, by name; each has a `state_dict`.
     """
 
     def __init__(self, args: Args, rng: np.random.Generator, **modules):
@@ -408,6 +410,16 @@ class Run:
         self.first_step, self.start_time = self.global_step, time.perf_counter()
         self.running, self.recent_returns = np.zeros((2, args.num_envs)), deque(maxlen=100)
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
+        self.save()
+        self.interrupted = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.interrupt)
+
+    def interrupt(self, number: int, frame) -> None:
+        """Ctrl-C or SIGTERM: stop after this update, where all is whole; a second one kills at once."""
+        self.interrupted = True
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this update; once more stops at once, with the last checkpoint\n")
 
     def advance(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
         """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
@@ -423,17 +435,26 @@ class Run:
         self.running = totals[:, -1] - finished
 
         self.global_step += ended.size
-        for name, value in scalars.items():
-            if not np.isfinite(value):  # stop before it gets into the checkpoint
-                sys.exit(f"error: {name} is {value} at step {self.global_step}; a lower --learning-rate may help")
         sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
         for name, value in {**scalars, "charts/SPS": sps}.items():
+            if not np.isfinite(value):  # must not get into the checkpoint
+                self.stop(1, f"error: {name} is {value}; a lower --learning-rate may help")
             self.writer.add_scalar(name, value, self.global_step)
         if self.recent_returns:
             self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
         self.bar.update(ended.size)
-        if self.global_step % self.args.checkpoint_interval < ended.size:
+        if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
             self.save()
+        if self.interrupted:
+            self.stop(130)
+
+    def stop(self, status: int, reason: str = "") -> None:
+        """Exit, and say how to go on."""
+        self.bar.close()
+        self.writer.close()
+        print(reason, file=sys.stderr)
+        print(f"stopped at step {self.global_step}; go on with: python {sys.argv[0]} --resume {self.checkpoint}")
+        sys.exit(status)
 
     def save(self) -> None:
         """Write the checkpoint to another file, flush and rename it: a kill at any moment leaves a whole one."""
@@ -448,35 +469,22 @@ class Run:
         os.replace(temporary, self.checkpoint)
 
     def finish(self, agent: Agent) -> None:
-        """Write the last checkpoint and evaluate the agent."""
+        """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
-        self.bar.total = self.bar.n  # the budget's rest was less than a rollout
+        self.bar.total = self.bar.n  # the budget's rest was less than an update
         self.bar.close()
-        returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
+            returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
+        except KeyboardInterrupt:
+            self.stop(130)
         for episode, episodic_return in enumerate(returns):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
         self.writer.close()
         if self.args.track:
             self.mirror.finish()
         print_evaluation(returns, self.checkpoint)
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
-        self.save()
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        self.bar.close()
-        if kind is KeyboardInterrupt:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would lose the checkpoint
-            self.save()
-        self.writer.close()
-        if kind is not None:
-            print(f"stopped at step {self.global_step}; go on with: python {sys.argv[0]} --resume {self.checkpoint}")
-        if kind is KeyboardInterrupt:
-            sys.exit(130)
 
 
 # ==== PPO
@@ -510,7 +518,7 @@ def train(args: Args) -> Agent:
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     loss_function = torch.compile(ppo_loss, fullgraph=True) if args.compile else ppo_loss
 
-    T, N = args.num_steps, args.num_envs
+    T, N = args.num_steps, args.num_envs  # a row T more: V of the last observation comes out of the same batch
     obs = np.zeros((T + 1, *envs.observation_space.shape), agent.obs_dtype)
     actions = np.zeros((T + 1, N) if agent.is_discrete else (T + 1, N, agent.num_actions), agent.action_dtype)
     rewards = np.zeros((T, N), np.float32)
@@ -519,68 +527,68 @@ def train(args: Args) -> Agent:
     discounted = np.zeros(N, np.float32)
     obs_tensor, actions_tensor = torch.from_numpy(obs), torch.from_numpy(actions)  # the same memory
 
-    with Run(args, rng, agent=agent, optimizer=optimizer) as run:
-        obs[T], _ = envs.reset(seed=args.seed + run.global_step)
-        while run.global_step + T * N <= args.total_timesteps:
-            # Collect T steps of N environments with π_old. The rollout begins where the last one ended.
-            obs[0], valid[0] = obs[T], ~(terminated[-1] | truncated[-1])
-            with torch.inference_mode():
-                for t, noise in enumerate(agent.noise(rng, T, N)):
-                    actions[t] = agent.act(obs_tensor[t].to(device), noise).cpu().numpy()
-                    obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
-            ended = terminated | truncated
-            valid[1:] = ~ended[:-1]
-            rewards *= valid
+    run = Run(args, rng, agent=agent, optimizer=optimizer)
+    obs[T], _ = envs.reset(seed=args.seed + run.global_step)
+    while run.global_step + T * N <= args.total_timesteps:
+        # Collect T steps of N environments with π_old. The rollout begins where the last one ended.
+        obs[0], valid[0] = obs[T], ~(terminated[-1] | truncated[-1])
+        with torch.inference_mode():
+            for t, noise in enumerate(agent.noise(rng, T, N)):
+                actions[t] = agent.act(obs_tensor[t].to(device), noise).cpu().numpy()
+                obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
+        ended = terminated | truncated
+        valid[1:] = ~ended[:-1]
+        rewards *= valid
 
-            # log π_old(a_t|s_t) and V(s_t) of the whole rollout in one batch; from them Â_t and R̂_t.
-            b_obs, b_actions = obs_tensor.flatten(0, 1).to(device), actions_tensor.flatten(0, 1).to(device)
-            with torch.no_grad():
-                b_log_probs, _, b_values = agent.evaluate_actions(b_obs, b_actions)
-            values, scaled = b_values.view(T + 1, N).cpu().numpy(), rewards
-            if args.norm_reward:
-                sums = discounted_sums(rewards, ended, discounted, args.gamma)
-                agent.return_stats.update(torch.as_tensor(sums[valid], device=device))
-                scaled = (rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8)).clip(-10, 10)
-            advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
-            explained_variance = 1 - np.var((returns - values[:T])[valid]) / (np.var(returns[valid]) + 1e-8)
-            if args.norm_adv:
-                advantages = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
-            b_advantages, b_returns = (torch.as_tensor(x, device=device).flatten() for x in (advantages, returns))
-            batch = (b_obs, b_actions, b_log_probs, b_values, b_advantages, b_returns)
+        # log π_old(a_t|s_t) and V(s_t) of the whole rollout in one batch; from them Â_t and R̂_t.
+        b_obs, b_actions = obs_tensor.flatten(0, 1).to(device), actions_tensor.flatten(0, 1).to(device)
+        with torch.no_grad():
+            b_log_probs, _, b_values = agent.evaluate_actions(b_obs, b_actions)
+        values, scaled = b_values.view(T + 1, N).cpu().numpy(), rewards
+        if args.norm_reward:
+            sums = discounted_sums(rewards, ended, discounted, args.gamma)
+            agent.return_stats.update(torch.as_tensor(sums[valid], device=device))
+            scaled = (rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8)).clip(-10, 10)
+        advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
+        explained_variance = 1 - np.var((returns - values[:T])[valid]) / (np.var(returns[valid]) + 1e-8)
+        if args.norm_adv:
+            advantages = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
+        b_advantages, b_returns = (torch.as_tensor(x, device=device).flatten() for x in (advantages, returns))
+        batch = (b_obs, b_actions, b_log_probs, b_values, b_advantages, b_returns)
 
-            # Climb L for K epochs of minibatches.
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.global_step / args.total_timesteps)
-            transitions = np.flatnonzero(valid)
-            for _ in range(args.update_epochs):
-                rows, log_ratios = torch.as_tensor(rng.permutation(transitions), device=device), []
-                for minibatch in zip(*(x[rows].tensor_split(args.num_minibatches) for x in batch), strict=True):
-                    loss, policy_loss, value_loss, entropy, log_ratio = loss_function(agent, *minibatch, args)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                    optimizer.step()
-                    log_ratios.append(log_ratio.detach())
-                log_ratio = torch.cat(log_ratios)
-                ratio = log_ratio.exp()
-                approx_kl = (ratio - 1 - log_ratio).mean().item()  # estimates KL(π_old‖π), and is never negative
-                if args.target_kl is not None and approx_kl > args.target_kl:
-                    break
-            if args.norm_obs:  # only now: act, π_old and every ρ of this rollout have seen the same statistics
-                agent.obs_stats.update(b_obs[rows].flatten(1))
+        # Climb L for K epochs of minibatches.
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.global_step / args.total_timesteps)
+        transitions = np.flatnonzero(valid)
+        for _ in range(args.update_epochs):
+            rows, log_ratios = torch.as_tensor(rng.permutation(transitions), device=device), []
+            for minibatch in zip(*(x[rows].tensor_split(args.num_minibatches) for x in batch), strict=True):
+                loss, policy_loss, value_loss, entropy, log_ratio = loss_function(agent, *minibatch, args)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                log_ratios.append(log_ratio.detach())
+            log_ratio = torch.cat(log_ratios)
+            ratio = log_ratio.exp()
+            approx_kl = (ratio - 1 - log_ratio).mean().item()  # estimates KL(π_old‖π), and is never negative
+            if args.target_kl is not None and approx_kl > args.target_kl:
+                break
+        if args.norm_obs:  # only now: act, π_old and every ρ of this rollout have seen the same statistics
+            agent.obs_stats.update(b_obs[rows].flatten(1))
 
-            scalars = {
-                "losses/policy_loss": policy_loss.item(),  # the losses are those of the last minibatch
-                "losses/value_loss": value_loss.item(),
-                "losses/entropy": entropy.item(),
-                "losses/approx_kl": approx_kl,
-                "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean().item(),
-                "losses/explained_variance": explained_variance,
-                "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            }
-            run.advance(rewards, ended, valid, scalars)
-        envs.close()
-        run.finish(agent)
+        scalars = {
+            "losses/policy_loss": policy_loss.item(),  # the losses are those of the last minibatch
+            "losses/value_loss": value_loss.item(),
+            "losses/entropy": entropy.item(),
+            "losses/approx_kl": approx_kl,
+            "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean().item(),
+            "losses/explained_variance": explained_variance,
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+        }
+        run.advance(rewards, ended, valid, scalars)
+    envs.close()
+    run.finish(agent)
     return agent
 
 

@@ -140,9 +140,6 @@ BAD = [  # flags, words of the sentence
     ("--env-id tests.odd_envs:Nope-v0", ["Nope"]),
     ("--env-id ''", ["environment"]),
     ("--env-id 'Cart Pole'", ["Cart Pole"]),
-    ("--env-id :", ["':'"]),
-    ("--env-id .a:B-v0", [".a:B-v0"]),
-    ("--env-id a:b:C-v0", ["a:b:C-v0"]),
     ("--env-id tests.odd_envs:SameStep-v0", ["next step"]),
     *[(f"--env-id tests.odd_envs:Observe{name}-v0", ["observations"]) for name in UNFIT_OBSERVATIONS],
     *[(f"--env-id tests.odd_envs:Act{name}-v0", ["takes", "actions", f"{name}("]) for name in UNFIT_ACTIONS[:2]],
@@ -166,7 +163,6 @@ BAD = [  # flags, words of the sentence
     ("--device gpu", ["--device", "gpu"]),
     ("--log-dir {files}/empty/runs", ["folder", "empty"]),
     ("--log-dir {files}/empty", ["folder", "empty"]),
-    ("--exp-name " + "x" * 300, ["folder"]),
     *[
         (f"--{flag} {{files}}/{name}", words)
         for flag in ("resume", "evaluate")
