@@ -1,12 +1,14 @@
-"""Proximal Policy Optimization (PPO), the clipped form.
+r"""Proximal Policy Optimization (PPO), the clipped form.
 
 A policy gradient holds only near the policy that collected the data, so A2C takes one step per rollout and throws the
 rollout away. PPO takes many: several epochs of minibatches over the same rollout, with an objective that stops
-rewarding an action once its probability has moved by more than a factor 1 ± ε from the policy that chose it.
+rewarding an action once the probability ratio ρ has left [1-ε, 1+ε] in the direction that its advantage favours.
 
     ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
     L   = E_t[ min(ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t) - c_v (V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ], maximised
     Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},   δ_t = r_t + γ V(s_{t+1}) - V(s_t),   R̂_t = Â_t + V(s_t)
+
+where V is 0 in a terminal state and the sum stops where the episode ends.
 
 J. Schulman, F. Wolski, P. Dhariwal, A. Radford, O. Klimov: Proximal Policy Optimization Algorithms, 2017,
 arXiv:1707.06347. Â_t is GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
@@ -24,14 +26,12 @@ import io
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 import warnings
-from collections import deque
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import gymnasium as gym
@@ -53,36 +53,36 @@ class Args:
     # shared: arguments
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     exp_name: str = Path(__file__).stem  # a part of the run folder's name
-    seed: int = 1  # of the weights, the actions, the minibatches and the environments
+    seed: int = 1  # random seed of the weights, actions, minibatches and environments
     device: str = "auto"  # auto (the best there is), cpu, cuda, cuda:N or mps
-    async_envs: bool = False  # one process per environment: faster for slow simulators, slower for quick ones
+    async_envs: bool = False  # train with a process per environment, for slow simulators (Atari has threads)
     log_dir: str = "runs"  # where the run's folder is made
     track: bool = False  # mirror the run to Weights & Biases (needs the package wandb)
     eval_episodes: int = 10  # episodes of the deterministic policy after training (0: none)
     capture_video: bool = False  # record the evaluation episodes as mp4 into the run's folder
     checkpoint_interval: int = 50_000  # environment steps between checkpoints
-    resume: str = ""  # go on from this checkpoint, in its folder and with its arguments; a flag given beside it wins
+    resume: str = ""  # resume from this checkpoint, in its folder, with its arguments; a flag given beside it wins
     evaluate: str = ""  # no training: evaluate this checkpoint
     # shared: end
     total_timesteps: int = 60_000  # environment steps to train for, all environments together
     num_envs: int = 32  # N parallel environments
     num_steps: int = 32  # T steps of each environment per rollout
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic; none: linear
-    learning_rate: float = 2e-3  # of Adam
+    learning_rate: float = 2e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the training
     gamma: float = 0.98  # discount γ
     gae_lambda: float = 0.8  # λ of GAE: 0 is the one-step TD error, 1 the Monte-Carlo return with bootstrap
     update_epochs: int = 10  # K epochs over each rollout
-    num_minibatches: int = 4  # per epoch
+    num_minibatches: int = 4  # minibatches per epoch
     clip_coef: float = 0.2  # ε, how far the probability ratio may move from 1
     clip_vloss: bool = False  # let the value move by ε at most, too
     norm_adv: bool = True  # standardise the advantages of each rollout
     ent_coef: float = 0.0  # c_e, weight of the entropy bonus
     vf_coef: float = 0.5  # c_v, weight of the value loss
-    max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
-    target_kl: float | None = None  # end a rollout's epochs when KL(π_old‖π) exceeds this
-    norm_obs: bool = False  # standardise observations by their running mean and variance
-    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
+    max_grad_norm: float = 0.5  # gradients are clipped to this norm
+    target_kl: float | None = None  # no more epochs after one in which KL(π_old‖π) exceeds this
+    norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
+    norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
     compile: bool = False  # compile the loss with torch.compile: a slow start, then faster updates
 
     def __post_init__(self):
@@ -96,15 +96,11 @@ class Args:
             ("ent_coef vf_coef eval_episodes seed", 0, 1e9),
         ):
             for name in names.split():
-                for value in np.atleast_1d(getattr(self, name, None)):  # no algorithm has them all
+                for value in np.atleast_1d(getattr(self, name, None)):  # each algorithm has some of these
                     if value is not None and not low <= value <= high:  # so that NaN is refused, too
                         raise UsageError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
         if self.evaluate and (self.resume or self.eval_episodes == 0):
             raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
-        atari = self.env_id.startswith("ALE/")
-        for needed, package in ((atari, "ale_py"), (self.track, "wandb"), (self.capture_video, "moviepy")):
-            if needed and importlib.util.find_spec(package) is None:
-                raise UsageError(f"this needs the package {package}, which is missing: pip install {package}")
         # shared: end
         if self.num_envs * self.num_steps > self.total_timesteps:
             raise UsageError("--total-timesteps must be at least one rollout, --num-envs times --num-steps")
@@ -119,10 +115,10 @@ def parse_args() -> Args:
     def checkpoint_path(resume: str = "", evaluate: str = "") -> str:
         return resume or evaluate
 
-    box = io.StringIO()  # tyro complains in a box of several lines; the user gets the sentence in it
+    box = io.StringIO()  # tyro complains in a box of several lines; the user gets the sentence at its top
     try:
         with contextlib.redirect_stderr(box):
-            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)
+            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)  # a first look
             default = Args(**load_checkpoint(path)["args"]) if path else Args()
             return tyro.cli(Args, default=default, description=__doc__)
     except SystemExit as stop:
@@ -134,8 +130,6 @@ def parse_args() -> Args:
 
 def select_device(name: str) -> torch.device:
     """The device of that name; for "auto" the best there is."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
-        raise UsageError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {name}")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.zeros(1, device=best if name == "auto" else name).device
@@ -152,30 +146,38 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
 
     For evaluation Atari's rewards are not clipped. With `video_folder` every episode is written there as mp4.
     """
-    atari = args.env_id.startswith("ALE/")
+    atari = args.env_id.split(":")[-1].startswith("ALE/")
+    env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id
     options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else None}
     if video_folder:
-        os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
-        record = partial(gym.wrappers.RecordVideo, video_folder=str(video_folder), episode_trigger=lambda _: True)
-        options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
-        if atari:  # what ale-py's vector environment, which cannot render, does in C++
-            stack = partial(gym.wrappers.FrameStackObservation, stack_size=4)
-            options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
+        wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda _: True)]
+        if atari:  # what ale-py's vector environment, which cannot render, does in C++ (but for its fire-reset)
+            stack = [gym.wrappers.AtariPreprocessing, lambda env: gym.wrappers.FrameStackObservation(env, 4)]
+            options["frameskip"], wrappers = 1, stack + wrappers
+        options |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
     elif atari:
         options["reward_clipping"] = not evaluation
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the processes of --async-envs: Ctrl-C is not for them
+    if args.capture_video and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
     try:
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-            envs = gym.make_vec(f"ale_py:{args.env_id}" if atari else args.env_id, num_envs, **options)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an environment's older version
+            envs = gym.make_vec(env_id, num_envs, **options)
+        if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
+            raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
+        if args.capture_video and not evaluation:  # a missing package should show now, and not after the training
+            probe = gym.make(env_id, render_mode="rgb_array")
+            probe.reset()
+            probe.render()
+            probe.close()
     except (gym.error.Error, ImportError) as error:
-        raise UsageError(f"cannot make the environment {args.env_id}: {error}") from error
+        install = " (pip install ale-py)" if atari and isinstance(error, ImportError) else ""
+        raise UsageError(f"cannot make the environment {args.env_id}: {error}{install}") from error
     finally:
         signal.signal(signal.SIGINT, handler)
     space = envs.single_observation_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UsageError(f"{args.env_id} must reset on the next step (AutoresetMode.NEXT_STEP)")
-    if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
-        raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
     if not space.is_np_flattenable:
         raise UsageError(f"{args.env_id} has observations that cannot be flattened to an array: {space}")
     return envs if isinstance(space, gym.spaces.Box) else gym.wrappers.vector.FlattenObservation(envs)
@@ -183,7 +185,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
 
 # ==== shared: networks
 def layer_init(layer: nn.Module, gain: float = np.sqrt(2)) -> nn.Module:
-    """Orthogonal weights, no bias."""
+    """Orthogonal weights, zero biases."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
@@ -192,9 +194,10 @@ def layer_init(layer: nn.Module, gain: float = np.sqrt(2)) -> nn.Module:
 def mlp(input_size: int, hidden_sizes: tuple[int, ...], output_size: int, output_gain: float) -> nn.Sequential:
     """Linear layers with tanh between them; a single linear one if there are no hidden sizes."""
     layers = []
-    for n_in, n_out in pairwise((input_size, *hidden_sizes)):
-        layers += [layer_init(nn.Linear(n_in, n_out)), nn.Tanh()]
-    return nn.Sequential(*layers, layer_init(nn.Linear((input_size, *hidden_sizes)[-1], output_size), output_gain))
+    for size in hidden_sizes:
+        layers += [layer_init(nn.Linear(input_size, size)), nn.Tanh()]
+        input_size = size
+    return nn.Sequential(*layers, layer_init(nn.Linear(input_size, output_size), output_gain))
 
 
 class RunningMeanStd(nn.Module):
@@ -222,7 +225,7 @@ class Agent(nn.Module):
     obs_space: Box. uint8 images (three axes, channels first or last, 36 pixels a side or more) go through the
         convolutions of Mnih et al. (2015); anything else is a vector.
     action_space: Discrete(n), or a Box of A floats. On an axis with two finite bounds the Gaussian works in [-1, 1],
-        which is scaled to the bounds; elsewhere in the axis' own units. Any other space is a UsageError.
+        which is scaled to the bounds; elsewhere in the axis's own units. Any other space is a UsageError.
     """
 
     def __init__(self, obs_space: gym.spaces.Box, action_space: gym.Space, args: Args):
@@ -230,9 +233,10 @@ class Agent(nn.Module):
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
         if not (self.is_discrete or (isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f")):
             raise UsageError(
-                f"{Path(__file__).name} takes Discrete or Box (float) actions, not {action_space}; none here does"
+                f"{Path(__file__).name} takes Discrete and float Box actions; no file here takes {action_space}"
             )
-        self.action_space, self.action_dtype = action_space, np.int64 if self.is_discrete else np.float32
+        self.action_space = action_space
+        self.action_dtype = np.int64 if self.is_discrete else np.float32
         self.num_actions = int(action_space.n if self.is_discrete else np.prod(action_space.shape))
         if not self.is_discrete:
             bounded = np.isfinite(action_space.low) & np.isfinite(action_space.high)
@@ -240,14 +244,15 @@ class Agent(nn.Module):
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
             self.log_std = nn.Parameter(torch.zeros(self.num_actions))
 
-        self.obs_dtype = np.uint8 if obs_space.dtype == np.uint8 else np.float32
-        if args.norm_obs and self.obs_dtype == np.uint8:
-            raise UsageError("--norm-obs does not go with uint8 observations, which are scaled to [0, 1] anyway")
+        # The shortest of an image's three axes holds the channels, the other two are its height and width.
+        self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) == 3 and sorted(obs_space.shape)[1] >= 36
+        self.channels_last = self.is_image and obs_space.shape[2] < obs_space.shape[0]
+        self.obs_dtype = np.uint8 if self.is_image else np.float32
+        if args.norm_obs and self.is_image:
+            raise UsageError("--norm-obs is not for images, which are scaled to [0, 1] anyway")
         self.obs_stats = RunningMeanStd(int(np.prod(obs_space.shape))) if args.norm_obs else None
         self.return_stats = RunningMeanStd() if args.norm_reward else None
 
-        self.is_image = self.obs_dtype == np.uint8 and len(obs_space.shape) == 3 and sorted(obs_space.shape)[1] >= 36
-        self.channels_last = self.is_image and obs_space.shape[2] < obs_space.shape[0]
         if self.is_image:
             c1 = nn.Conv2d(obs_space.shape[2 if self.channels_last else 0], 32, kernel_size=8, stride=4)
             c2, c3 = nn.Conv2d(32, 64, kernel_size=4, stride=2), nn.Conv2d(64, 64, kernel_size=3, stride=1)
@@ -258,11 +263,9 @@ class Agent(nn.Module):
         self.critic = mlp(num_features, args.hidden_sizes, 1, 1.0)
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
-        """What actor and critic get to see of `obs`, shape (B, *obs_space.shape): a vector each, (B, num_features)."""
-        if obs.dtype == torch.uint8:
-            obs = obs / 255
+        """The input of actor and critic, shape (B, num_features), made of `obs`, shape (B, *obs_space.shape)."""
         if self.is_image:
-            return self.convolutions(obs.permute(0, 3, 1, 2) if self.channels_last else obs)
+            return self.convolutions((obs.permute(0, 3, 1, 2) if self.channels_last else obs) / 255)
         obs = obs.reshape(len(obs), -1)
         if self.obs_stats is None:
             return obs
@@ -275,18 +278,18 @@ class Agent(nn.Module):
         argmax(logits + Gumbel noise) is a sample of the categorical distribution, mean + std * normal noise one of the
         Gaussian: so the randomness of a whole rollout is drawn at once.
         """
-        shape = (*shape, self.num_actions)
-        noise = rng.gumbel(size=shape) if self.is_discrete else rng.standard_normal(shape)
-        noise = torch.as_tensor(noise, dtype=torch.float32, device=next(self.parameters()).device)
+        draw = rng.gumbel if self.is_discrete else rng.standard_normal
+        noise = torch.as_tensor(draw(size=(*shape, self.num_actions)), dtype=torch.float32)
+        noise = noise.to(next(self.parameters()).device)
         return noise if self.is_discrete else noise * self.log_std.exp()
 
     def act(self, obs: torch.Tensor, noise: torch.Tensor | float = 0.0) -> torch.Tensor:
-        """Actions a ~ π(·|s) or, without noise, the most likely ones: (B,) if Discrete, else (B, num_actions)."""
+        """Actions a ~ π(·|s) or, without noise, the mode or mean of π: (B,) if Discrete, else (B, num_actions)."""
         output = self.actor(self.features(obs)) + noise
         return output.argmax(-1) if self.is_discrete else output
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """The same actions in the environment's terms, shape (B, *action_space.shape)."""
+        """The same actions as elements of the environment's action space, shape (B, *action_space.shape)."""
         if self.is_discrete:
             return actions + self.action_space.start
         actions = self.centre + self.half_range * actions.reshape(-1, *self.action_space.shape)
@@ -299,7 +302,8 @@ class Agent(nn.Module):
         output, values = self.actor(features), self.critic(features).squeeze(-1)
         if self.is_discrete:
             log_p = F.log_softmax(output, dim=-1)
-            return -F.nll_loss(log_p, actions, reduction="none"), -(log_p.exp() * log_p).sum(-1), values
+            log_probs = -F.nll_loss(log_p, actions, reduction="none")  # picks log_p[b, actions[b]]
+            return log_probs, -(log_p.exp() * log_p).sum(-1), values
         z = (actions - output) * (-self.log_std).exp()  # of the action before it is clipped to the bounds
         log_probs = -(0.5 * z.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
         return log_probs, (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand_as(values), values
@@ -310,8 +314,8 @@ def compute_gae(rewards, values, terminated, truncated, gamma: float, gae_lambda
     """Generalised advantage estimates Â and returns R̂ = Â + V, both of shape (T, N).
 
     rewards, terminated, truncated: (T, N). values: (T+1, N), the last row V of the observations after the rollout.
-    A terminal state is worth 0 and a truncated one its value; no Â reaches past the end of its episode. On the step
-    after an end, which only resets, both results are meaningless. Schulman et al. (2016), equations 11 to 16.
+    A terminal state is worth 0 and a truncated one its value; no Â reaches past the end of its episode. On reset
+    steps both results are meaningless. Schulman et al. (2016), equations 11 to 16.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -321,45 +325,35 @@ def compute_gae(rewards, values, terminated, truncated, gamma: float, gae_lambda
     return advantages, advantages + values[:-1]
 
 
-def discounted_sums(rewards, ended, last, gamma: float):
-    """Σ_k γ^k r_{t-k} over the episode up to each step, (T, N). last: (N,), the sums before the rollout; updated."""
-    sums = np.zeros_like(rewards)
-    for t in range(len(rewards)):
-        sums[t] = last[:] = rewards[t] + gamma * last
-        last *= ~ended[t]
-    return sums
-
-
 # ==== shared: evaluation
 @torch.inference_mode()
 def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     """Returns of `args.eval_episodes` whole episodes of the deterministic policy.
 
-    Every environment plays a number of them that is fixed beforehand: to take the first that end would favour the
-    short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go beside the checkpoint.
+    They are played in batches, one in each environment, and all of a batch count: to take the first that end would
+    favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go beside the
+    checkpoint.
     """
-    num_envs = 1 if args.capture_video else min(args.eval_episodes, 16)
+    num_envs, returns = 1 if args.capture_video else min(args.eval_episodes, 16), []
     video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
-    to_play = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
-    running, lengths, ended, returns = np.zeros(num_envs), np.zeros(num_envs), np.zeros(num_envs, bool), []
     device = next(agent.parameters()).device
-    obs, _ = envs.reset(seed=args.seed + 10**6)
-    while any(to_play):
-        actions = agent.act(torch.as_tensor(obs.astype(agent.obs_dtype), device=device)).cpu().numpy()
-        obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
-        running, lengths = running + rewards * ~ended, lengths + 1  # the step after an end only resets
-        ended = terminated | truncated
-        for n in np.flatnonzero(ended | (lengths == 27_000)):
-            if to_play[n] > 0:
-                returns.append(float(running[n]))
-                to_play[n] -= 1
-            running[n], lengths[n] = 0, 0
+    while len(returns) < args.eval_episodes:
+        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # far from the seeds of the training
+        totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
+        for _ in range(27_000):
+            actions = agent.act(torch.as_tensor(obs.astype(agent.obs_dtype), device=device)).cpu().numpy()
+            obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
+            totals += rewards * ~ended
+            ended |= terminated | truncated
+            if ended.all():
+                break
+        returns += totals.tolist()
     envs.close()
-    return returns
+    return returns[: args.eval_episodes]
 
 
-def print_evaluation(returns: list[float], checkpoint: Path) -> None:
+def print_evaluation(returns: list[float], checkpoint: str | Path) -> None:
     mean, std = (np.mean(returns), np.std(returns)) if returns else (np.nan, np.nan)
     print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}")
 
@@ -370,7 +364,7 @@ def load_checkpoint(path: str | Path, **modules) -> dict:
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        _ = Args(**checkpoint["args"]), checkpoint["global_step"], checkpoint["rng"]  # all there?
+        _ = Args(**checkpoint["args"]), checkpoint["global_step"], checkpoint["rng"]  # raises if one is missing
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint
@@ -388,6 +382,9 @@ class Run:
     """
 
     def __init__(self, args: Args, rng: np.random.Generator, **modules):
+        for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
+            if getattr(args, flag) and not importlib.util.find_spec(package):
+                raise UsageError(f"--{flag.replace('_', '-')} needs a package that is missing: pip install {package}")
         self.args, self.rng, self.modules, self.global_step = args, rng, modules, 0
         folder = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.folder = Path(args.log_dir) / re.sub("[/:]", "-", folder)
@@ -402,59 +399,59 @@ class Run:
         if args.track:
             import wandb
 
-            name, folder = self.folder.name, self.folder.parent
-            self.mirror = wandb.init(name=name, dir=folder, config=asdict(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
+            options = {"name": self.folder.name, "dir": self.folder.parent, "config": asdict(args)}
+            self.wandb_run = wandb.init(**options, sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.folder), purge_step=(self.global_step + 1) if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.checkpoint = self.folder / "checkpoint.pt"
         self.first_step, self.start_time = self.global_step, time.perf_counter()
-        self.running, self.recent_returns = np.zeros((2, args.num_envs)), deque(maxlen=100)
+        self.running, self.returns = np.zeros((2, args.num_envs)), []
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.save()
         self.interrupted = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.interrupt)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.interrupt)
 
-    def interrupt(self, number: int, frame) -> None:
+    def interrupt(self, signum: int, frame) -> None:
         """Ctrl-C or SIGTERM: stop after this update, where all is whole; a second one kills at once."""
         self.interrupted = True
-        signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this update; once more stops at once, with the last checkpoint\n")
+        signal.signal(signum, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this update; once more stops at once, at the last checkpoint\n")
 
-    def advance(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
+    def log_rollout(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
         """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
-        totals = np.cumsum([rewards, valid], axis=1, dtype=float)  # return and length since the rollout began
-        totals, finished = totals + self.running[:, None], np.zeros_like(self.running)
+        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns and lengths so far
         for t, n in np.argwhere(ended):
-            episodic_return, length = totals[:, t, n] - finished[:, n]
-            finished[:, n] = totals[:, t, n]
+            episodic_return, length = totals[:, t, n]
+            totals[:, t:, n] -= [[episodic_return], [length]]  # the next episode counts from here
             step = self.global_step + (t + 1) * ended.shape[1]
             self.writer.add_scalar("charts/episodic_return", episodic_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
-            self.recent_returns.append(episodic_return)
-        self.running = totals[:, -1] - finished
+            self.returns.append(episodic_return)
+        self.running = totals[:, -1]
 
         self.global_step += ended.size
         sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
         for name, value in {**scalars, "charts/SPS": sps}.items():
             if not np.isfinite(value):  # must not get into the checkpoint
-                self.stop(1, f"error: {name} is {value}; a lower --learning-rate may help")
+                self.bar.close()
+                sys.exit(f"error: {name} is {value} at step {self.global_step}; a lower --learning-rate may help")
             self.writer.add_scalar(name, value, self.global_step)
-        if self.recent_returns:
-            self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
+        if self.returns:
+            self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}", refresh=False)
         self.bar.update(ended.size)
         if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
             self.save()
         if self.interrupted:
-            self.stop(130)
+            self.stop()
 
-    def stop(self, status: int, reason: str = "") -> None:
-        """Exit, and say how to go on."""
+    def stop(self) -> None:
+        """Say how to go on, and exit."""
         self.bar.close()
         self.writer.close()
-        print(reason, file=sys.stderr)
-        print(f"stopped at step {self.global_step}; go on with: python {sys.argv[0]} --resume {self.checkpoint}")
-        sys.exit(status)
+        command = shlex.join(["python", sys.argv[0], "--resume", str(self.checkpoint)])
+        print(f"stopped at step {self.global_step}; resume with: {command}")
+        sys.exit(130)
 
     def save(self) -> None:
         """Write the checkpoint to another file, flush and rename it: a kill at any moment leaves a whole one."""
@@ -471,19 +468,19 @@ class Run:
     def finish(self, agent: Agent) -> None:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
-        self.bar.total = self.bar.n  # the budget's rest was less than an update
+        self.bar.total = self.bar.n  # what is left of the budget is less than an update
         self.bar.close()
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
             returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
         except KeyboardInterrupt:
-            self.stop(130)
+            self.stop()
         for episode, episodic_return in enumerate(returns):
-            self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
+            self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)  # a point each
         self.writer.close()
         if self.args.track:
-            self.mirror.finish()
+            self.wandb_run.finish()
         print_evaluation(returns, self.checkpoint)
 
 
@@ -524,13 +521,13 @@ def train(args: Args) -> Agent:
     rewards = np.zeros((T, N), np.float32)
     terminated, truncated = np.zeros((2, T, N), bool)
     valid = np.ones((T, N), bool)  # false on steps that only reset
-    discounted = np.zeros(N, np.float32)
+    discounted = np.zeros((T, N), np.float32)  # Σ_k γ^k r_{t-k} over the episode so far
     obs_tensor, actions_tensor = torch.from_numpy(obs), torch.from_numpy(actions)  # the same memory
 
     run = Run(args, rng, agent=agent, optimizer=optimizer)
     obs[T], _ = envs.reset(seed=args.seed + run.global_step)
     while run.global_step + T * N <= args.total_timesteps:
-        # Collect T steps of N environments with π_old. The rollout begins where the last one ended.
+        # Collect T steps of N environments with π_old. The rollout begins where the one before ended.
         obs[0], valid[0] = obs[T], ~(terminated[-1] | truncated[-1])
         with torch.inference_mode():
             for t, noise in enumerate(agent.noise(rng, T, N)):
@@ -546,8 +543,9 @@ def train(args: Args) -> Agent:
             b_log_probs, _, b_values = agent.evaluate_actions(b_obs, b_actions)
         values, scaled = b_values.view(T + 1, N).cpu().numpy(), rewards
         if args.norm_reward:
-            sums = discounted_sums(rewards, ended, discounted, args.gamma)
-            agent.return_stats.update(torch.as_tensor(sums[valid], device=device))
+            for t in range(T):  # row -1 is still the last of the rollout before
+                discounted[t] = rewards[t] + args.gamma * discounted[t - 1] * valid[t]
+            agent.return_stats.update(torch.as_tensor(discounted[valid], device=device))
             scaled = (rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8)).clip(-10, 10)
         advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
         explained_variance = 1 - np.var((returns - values[:T])[valid]) / (np.var(returns[valid]) + 1e-8)
@@ -556,9 +554,9 @@ def train(args: Args) -> Agent:
         b_advantages, b_returns = (torch.as_tensor(x, device=device).flatten() for x in (advantages, returns))
         batch = (b_obs, b_actions, b_log_probs, b_values, b_advantages, b_returns)
 
-        # Climb L for K epochs of minibatches.
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.global_step / args.total_timesteps)
+        # Maximise L for K epochs of minibatches.
+        remaining = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         transitions = np.flatnonzero(valid)
         for _ in range(args.update_epochs):
             rows, log_ratios = torch.as_tensor(rng.permutation(transitions), device=device), []
@@ -575,7 +573,7 @@ def train(args: Args) -> Agent:
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
         if args.norm_obs:  # only now: act, π_old and every ρ of this rollout have seen the same statistics
-            agent.obs_stats.update(b_obs[rows].flatten(1))
+            agent.obs_stats.update(torch.as_tensor(obs[:T][valid], device=device).flatten(1))
 
         scalars = {
             "losses/policy_loss": policy_loss.item(),  # the losses are those of the last minibatch
@@ -586,7 +584,7 @@ def train(args: Args) -> Agent:
             "losses/explained_variance": explained_variance,
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
         }
-        run.advance(rewards, ended, valid, scalars)
+        run.log_rollout(rewards, ended, valid, scalars)
     envs.close()
     run.finish(agent)
     return agent
@@ -601,11 +599,10 @@ def main() -> None:
         if not args.evaluate:
             train(args)
             return
-        envs = make_envs(args, num_envs=1)
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+        envs = make_envs(args, num_envs=1, evaluation=True)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
         load_checkpoint(args.evaluate, agent=agent)
-        checkpoint = Path(args.evaluate)
-        print_evaluation(evaluate(agent.to(select_device(args.device)), args, checkpoint), checkpoint)
+        print_evaluation(evaluate(agent, args, Path(args.evaluate)), args.evaluate)
     except UsageError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
