@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from algos import ppo
-from tests.tiny_envs import Trace
+from tests.tiny_envs import Endless, Trace
 
 VECTOR, TWO_ACTIONS = spaces.Box(-np.inf, np.inf, (3,)), spaces.Discrete(2)
 FROZEN = 1e-9  # a learning rate so small that float32 weights keep their values
@@ -699,6 +699,12 @@ def test_evaluation_plays_whole_episodes_of_the_mode_whichever_ends_first(env, e
         expected.append(episodic_return)
     assert results[0] == pytest.approx(expected)
     assert episodes == 1 or len(actions) > 1  # else any policy would do
+
+
+def test_an_evaluation_episode_that_does_not_end_is_cut_at_the_atari_limit(tmp_path):
+    agent = make_agent(Endless.observation_space, Endless.action_space)
+    args = ppo.Args(env_id="tests.tiny_envs:Endless-v0", eval_episodes=1)
+    assert ppo.evaluate(agent, args, tmp_path / "checkpoint.pt") == [27_000]
 
 
 # ---- learning on environments whose best policy is known

@@ -360,10 +360,12 @@ def test_resume(algo, tmp_path, launch):
     assert after["global_step"] == 128
     assert after["args"] == before["args"] | {"total_timesteps": 128, "gamma": 0.5}
     torch.save(before, path)  # as if it had been killed before the next checkpoint: the curves must not overlap
-    launch(algo, f"--resume {path} --total-timesteps 192", tmp_path).stop().check()
-    steps = [point.step for point in EventAccumulator(str(path.parent)).Reload().Scalars("charts/SPS")]
+    launch(algo, f"--resume {path} --total-timesteps 192 --no-anneal-lr --learning-rate 0.125", tmp_path).stop().check()
+    events = EventAccumulator(str(path.parent)).Reload()
+    steps = [point.step for point in events.Scalars("charts/SPS")]
     assert steps == sorted(set(steps))
     assert steps[0] <= 64 < steps[-1] == 192
+    assert events.Scalars("charts/learning_rate")[-1].value == 0.125  # not the one that the optimizer had
 
 
 def test_kill(algo, tmp_path, launch):

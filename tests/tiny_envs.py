@@ -166,6 +166,20 @@ class PaidResets(gym.vector.SyncVectorEnv):
         return obs, rewards + 1000.0 * resets, *rest
 
 
+class Endless(gym.Env):
+    """Never ends; each step pays 1."""
+
+    observation_space = spaces.Box(0, 1, (1,))
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
 def make_paid_resets(num_envs: int, **kwargs):
     return PaidResets([Trace] * num_envs)
 
@@ -180,6 +194,7 @@ ENVS = {
     "Target-v0": dict(entry_point=Target),
     "Trace-v0": dict(entry_point=Trace),
     "Jackpot-v0": dict(entry_point=Trace, kwargs={"jackpot": 1000.0}),
+    "Endless-v0": dict(entry_point=Endless),
     "PaidResets-v0": dict(entry_point=Trace, vector_entry_point=make_paid_resets),
 }
 
