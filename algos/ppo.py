@@ -435,6 +435,7 @@ class Run:
         for name, value in {**scalars, "charts/SPS": sps}.items():
             if not np.isfinite(value):  # must not get into the checkpoint
                 self.bar.close()
+                self.writer.close()
                 sys.exit(f"error: {name} is {value} at step {self.global_step}; a lower --learning-rate may help")
             self.writer.add_scalar(name, value, self.global_step)
         if self.returns:

@@ -2,9 +2,9 @@
 
 Try it (from the root of the repository):
 
-    python envs/template.py                                            # check it against Gymnasium's rules
-    python algos/ppo.py --env-id envs.template:Template-v0             # Discrete actions: push in 4 directions
-    python algos/ddpg.py --env-id envs.template:TemplateContinuous-v0  # Box actions: push with any force
+    python envs/template.py                                           # check it against Gymnasium's rules
+    python algos/ppo.py --env-id envs.template:Template-v0            # Discrete actions: push in 4 directions
+    python algos/ppo.py --env-id envs.template:TemplateContinuous-v0  # Box actions: push with any force
 
 Write your own, in this order:
 
@@ -27,6 +27,7 @@ Traps, and the way through:
   terminated: this state is an end. No reward can follow, so the value of what comes next is zero.
   truncated:  the clock ran out in an ordinary state. The learner adds the value it estimates there (it bootstraps).
   A time limit reported as `terminated` teaches that good states are suddenly worth nothing.
+  (Gymnasium can keep the clock for you: `gym.register(..., max_episode_steps=100)`. Then always return False for it.)
 - Scale observations and rewards to about 1. Networks start out with outputs of that size.
 - Box actions may have any bounds: the algorithm files work in [-1, 1] and rescale each axis to its own bounds.
   Clip them in `step` all the same: not every caller does.
@@ -42,7 +43,7 @@ from gymnasium.error import DependencyNotInstalled
 
 # The unit of length is half the side of the square, so positions are in [-1, 1]. The unit of time is one step.
 MAX_SPEED = 0.1  # along each axis, length per step
-RESPONSE = 0.2  # share of MAX_SPEED * push in the next velocity, the rest is the old one: 1 would be no inertia
+RESPONSE = 0.2  # next velocity = RESPONSE * MAX_SPEED * push + (1 - RESPONSE) * velocity: 1 would be no inertia
 GOAL_RADIUS = 0.1
 MIN_START_DISTANCE = 0.5  # nearer starts would make an episode too easy
 GOAL_BONUS = 1.0
@@ -100,7 +101,7 @@ class TemplateEnv(gym.Env):
 
         velocity = self.velocity + RESPONSE * (MAX_SPEED * push - self.velocity)
         self.position = np.clip(old_position + velocity, -1.0, 1.0)
-        self.velocity = self.position - old_position  # what a wall left of it
+        self.velocity = self.position - old_position  # shorter where a wall stopped it
         self.distance = math.dist(self.position, self.goal)
         self.steps += 1
         self.trail.append(self.position)
