@@ -400,7 +400,8 @@ def test_failing_save(algo, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail_the_third_time)
     with pytest.raises(OSError, match="No space"):
-        run_inside(algo, small(algo, "--checkpoint-interval 1"), tmp_path)
+        # The log's thread may write later, from another folder: its path must be absolute.
+        run_inside(algo, small(algo, f"--checkpoint-interval 1 --log-dir {tmp_path}/runs"), tmp_path)
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     assert torch.load(path, weights_only=True)["global_step"] == saved[-1] > 0
 
