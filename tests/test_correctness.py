@@ -227,7 +227,7 @@ def test_the_first_gradient_is_the_policy_gradient_plus_those_of_value_and_entro
     agent = make_agent(action_space=action_space)
     rng = np.random.default_rng(0)
     obs, advantages, returns = torch.randn(50, 3), torch.randn(50), torch.randn(50)
-    actions = agent.act(obs, agent.noise(rng, 50)).detach()
+    actions = torch.as_tensor(agent.policy()(obs.numpy(), agent.noise(rng, 50)))
     old_log_probs, _, old_values = (x.detach() for x in agent.evaluate_actions(obs, actions))
     args = ppo.Args(vf_coef=0.4, ent_coef=0.2)
     loss = ppo.ppo_loss(agent, obs, actions, old_log_probs, old_values, advantages, returns, args)[0]
@@ -264,22 +264,44 @@ def test_discrete_actions_follow_the_softmax_and_without_noise_are_the_most_like
     obs = torch.randn(1, 3)
     noise = agent.noise(np.random.default_rng(0), B // 8, 8)
     assert noise.shape == (B // 8, 8, 4)
-    probabilities = agent.actor(obs).softmax(-1)[0]
-    for actions in (agent.act(obs.expand(B, 3), noise.flatten(0, 1)), agent.act(obs, noise[:, :1]).flatten()):
-        frequencies = torch.bincount(actions, minlength=4) / len(actions)
-        chi_square = (len(actions) * (frequencies - probabilities).square() / probabilities).sum()
+    act, probabilities = agent.policy(), agent.actor(obs).softmax(-1)[0].detach().numpy()
+    for actions in (act(obs.expand(B, 3).numpy(), noise.reshape(B, 4)), act(obs.numpy(), noise[:, :1]).flatten()):
+        frequencies = np.bincount(actions, minlength=4) / len(actions)
+        chi_square = (len(actions) * (frequencies - probabilities) ** 2 / probabilities).sum()
         assert chi_square < 16.3  # three degrees of freedom: exceeded by chance once in a thousand
-    assert agent.act(obs).item() == probabilities.argmax().item()
+    assert act(obs.numpy()).item() == probabilities.argmax()
 
 
 def test_box_actions_follow_the_gaussian_and_without_noise_are_its_mean():
     agent, B = make_agent(action_space=spaces.Box(-1, 1, (3,))), 40_000
-    obs = torch.randn(1, 3)
-    actions = agent.act(obs.expand(B, 3), agent.noise(np.random.default_rng(0), B)).detach()
+    obs, act = torch.randn(1, 3), agent.policy()
+    actions = torch.as_tensor(act(obs.expand(B, 3).numpy(), agent.noise(np.random.default_rng(0), B)))
+    assert actions.dtype == torch.float32
     mean, std = agent.actor(obs)[0].detach(), agent.log_std.exp().detach()
     torch.testing.assert_close((actions.mean(0) - mean) / std, torch.zeros(3), atol=0.02, rtol=0)
     torch.testing.assert_close(actions.T.cov() / torch.outer(std, std), torch.eye(3), atol=0.03, rtol=0)
-    torch.testing.assert_close(agent.act(obs)[0].detach(), mean)
+    torch.testing.assert_close(torch.as_tensor(act(obs.numpy()))[0], mean)
+
+
+@pytest.mark.parametrize("obs_space", [VECTOR, spaces.Box(-9, 9, (2, 4)), spaces.Box(0, 255, (40, 40, 3), np.uint8)])
+@pytest.mark.parametrize("hidden_sizes", [(), (8,), (16, 8, 8)])
+@pytest.mark.parametrize("norm_obs", [False, True])
+def test_the_policy_acts_with_the_network_as_it_is(obs_space, hidden_sizes, norm_obs):
+    """In numpy for vectors, in torch for images: the output is that of the actor, also after its weights changed."""
+    if norm_obs and obs_space.dtype == np.uint8:
+        return
+    args = ppo.Args(hidden_sizes=hidden_sizes, norm_obs=norm_obs)
+    agent = ppo.Agent(obs_space, spaces.Box(-1, 1, (2,)), args)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in agent.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            if norm_obs:
+                agent.obs_stats.update(100 * torch.randn(20, int(np.prod(obs_space.shape))) + 50)
+        obs = np.stack([obs_space.sample() for _ in range(6)])
+        obs = obs if obs_space.dtype == np.uint8 else 300 * obs.astype(np.float32)
+        expected = agent.actor(agent.features(torch.as_tensor(obs))).detach().numpy()
+        np.testing.assert_allclose(agent.policy()(obs), expected, rtol=1e-4, atol=1e-4)
 
 
 INF = np.inf
@@ -419,13 +441,20 @@ def test_each_epoch_sees_each_transition_once_and_no_reset_step(num_steps, losse
 
 
 def test_each_action_is_drawn_for_the_observation_at_hand_and_with_noise_of_its_own(monkeypatch, tmp_path):
-    calls, original = [], ppo.Agent.act
+    calls, original = [], ppo.Agent.policy
 
-    def spy(agent, obs, noise):
-        calls.append((obs.tolist(), noise.tolist(), original(agent, obs, noise).tolist()))
-        return original(agent, obs, noise)
+    def spy(agent):
+        act = original(agent)
 
-    monkeypatch.setattr(ppo.Agent, "act", spy)
+        def act_and_tell(obs, *noise):
+            actions = act(obs, *noise)
+            if noise:  # not in the evaluation
+                calls.append((obs.tolist(), noise[0].tolist(), actions.tolist()))
+            return actions
+
+        return act_and_tell
+
+    monkeypatch.setattr(ppo.Agent, "policy", spy)
     train("Trace-v0", tmp_path, total_timesteps=3 * 64)
     for n, timeline in enumerate(played(16)):
         for step in timeline:
@@ -532,7 +561,7 @@ def test_the_ratio_is_1_until_the_first_optimizer_step_of_each_rollout(env, norm
 
 def test_observation_statistics_are_those_of_all_transitions_and_change_only_between_rollouts(monkeypatch, tmp_path):
     seen, rows = [], []  # the statistics each time the agent is used
-    for name in ("act", "evaluate_actions"):
+    for name in ("policy", "evaluate_actions"):
         original = getattr(ppo.Agent, name)
 
         def spy(agent, *args, original=original):
@@ -542,7 +571,7 @@ def test_observation_statistics_are_those_of_all_transitions_and_change_only_bet
         monkeypatch.setattr(ppo.Agent, name, spy)
     agent = train("Trace-v0", tmp_path, total_timesteps=3 * 64, norm_obs=True)
     steps = [step for timeline in played(16) for step in timeline]
-    uses = 16 + 1 + 2 * 3  # of the agent in a rollout: 16 steps, π_old, 2 epochs of 3 minibatches
+    uses = 1 + 1 + 2 * 3  # of the agent in a rollout: to act, for log π_old, 2 epochs of 3 minibatches
     expected = [0.0]
     for rollout in range(3):
         rows = np.array([step.key for step in steps if step.rollout <= rollout])
