@@ -239,7 +239,8 @@ class Agent(nn.Module):
         self.action_dtype = np.int64 if self.is_discrete else np.float32
         self.num_actions = int(action_space.n if self.is_discrete else np.prod(action_space.shape))
         if not self.is_discrete:
-            bounded = np.isfinite(action_space.low) & np.isfinite(action_space.high)
+            with np.errstate(over="ignore"):  # bounds so far apart that their distance overflows are no bounds
+                bounded = np.isfinite(action_space.high - action_space.low)
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
             self.log_std = nn.Parameter(torch.zeros(self.num_actions))

@@ -304,6 +304,12 @@ def test_the_policy_acts_with_the_network_as_it_is(obs_space, hidden_sizes, norm
         np.testing.assert_allclose(agent.policy()(obs), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_bounds_too_far_apart_to_scale_to_are_passed_through():
+    largest = np.finfo(np.float32).max
+    agent = make_agent(action_space=spaces.Box(-largest, largest, (2,)))
+    np.testing.assert_array_equal(agent.to_env(np.array([[0.0, -2.5]], np.float32)), [[0.0, -2.5]])
+
+
 INF = np.inf
 
 
