@@ -86,17 +86,18 @@ class Args:
     compile: bool = False  # compile the loss with torch.compile: a slow start, then faster updates
 
     def __post_init__(self):
-        # shared: validation
-        for names, low, high in (
+        limits = (
             ("total_timesteps checkpoint_interval", 1, 1e12),
-            ("num_steps", 2, 1e6),
             ("num_envs num_minibatches update_epochs hidden_sizes", 1, 1e4),
+            ("num_steps", 2, 1e6),
             ("learning_rate max_grad_norm clip_coef target_kl", 1e-9, 1e9),
             ("gamma gae_lambda", 0, 1),
             ("ent_coef vf_coef eval_episodes seed", 0, 1e9),
-        ):
+        )
+        # shared: validation
+        for names, low, high in limits:
             for name in names.split():
-                for value in np.atleast_1d(getattr(self, name, None)):  # each algorithm has some of these
+                for value in np.atleast_1d(getattr(self, name)):
                     if value is not None and not low <= value <= high:  # so that NaN is refused, too
                         raise UsageError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
         if self.evaluate and (self.resume or self.eval_episodes == 0):
@@ -279,7 +280,8 @@ class Agent(nn.Module):
         Vectors go through the network in numpy, which for the few rows of one step takes a third of torch's time, and
         need not wait for a GPU.
         """
-        *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.actor[::2]]
+        linear = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
+        *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
         if self.obs_stats is not None:
             mean, std = self.obs_stats.mean.numpy(force=True), np.sqrt(self.obs_stats.var.numpy(force=True) + 1e-8)
 
@@ -321,14 +323,18 @@ class Agent(nn.Module):
     def evaluate_actions(self, obs: torch.Tensor, actions: torch.Tensor):
         """log π(a|s), entropy H[π(·|s)] and V(s), each of shape (B,)."""
         features = self.features(obs)
-        output, values = self.actor(features), self.critic(features).squeeze(-1)
+        log_probs, entropy = self.log_prob(self.actor(features), actions)
+        return log_probs, entropy, self.critic(features).squeeze(-1)
+
+    def log_prob(self, output: torch.Tensor, actions: torch.Tensor):
+        """log π(a|s) and entropy, each of shape (B,), from the actor's output: logits or means, (B, num_actions)."""
         if self.is_discrete:
             log_p = F.log_softmax(output, dim=-1)
             log_probs = -F.nll_loss(log_p, actions, reduction="none")  # picks log_p[b, actions[b]]
-            return log_probs, -(log_p.exp() * log_p).sum(-1), values
+            return log_probs, -(log_p.exp() * log_p).sum(-1)
         z = (actions - output) * (-self.log_std).exp()  # of the action before it is clipped to the bounds
         log_probs = -(0.5 * z.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
-        return log_probs, (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand_as(values), values
+        return log_probs, (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand_as(log_probs)
 
 
 # ==== shared: advantages
@@ -452,20 +458,27 @@ class Run:
         self.running = totals[:, -1]
 
         self.global_step += ended.size
-        sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
-        for name, value in {**scalars, "charts/SPS": sps}.items():
-            if not np.isfinite(value):  # must not get into the checkpoint
-                self.bar.close()
-                self.writer.close()
-                sys.exit(f"error: {name} is {value} at step {self.global_step}; a lower --learning-rate may help")
-            self.writer.add_scalar(name, value, self.global_step)
-        if self.returns:
-            self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}", refresh=False)
+        for name, value in scalars.items():
+            if not math.isfinite(value):  # must not get into the checkpoint
+                self.fail(f"{name} is {value} at step {self.global_step}; a lower --learning-rate may help")
+        thousandth = self.args.total_timesteps / 1000  # of the run: as many points make a curve
+        if self.global_step % thousandth < ended.size:
+            sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
+            for name, value in {**scalars, "charts/SPS": sps}.items():
+                self.writer.add_scalar(name, value, self.global_step)
+            if self.returns:
+                self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}", refresh=False)
         self.bar.update(ended.size)
         if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
             self.save()
         if self.interrupted:
             self.stop()
+
+    def fail(self, sentence: str) -> None:
+        """Say what is wrong, and exit."""
+        self.bar.close()
+        self.writer.close()
+        sys.exit(f"error: {sentence}")
 
     def stop(self) -> None:
         """Say how to go on, and exit."""
@@ -527,16 +540,19 @@ def ppo_loss(agent: Agent, obs, actions, old_log_probs, old_values, advantages, 
 
 def train(args: Args) -> Agent:
     """Train an agent, evaluate it, return it. A UsageError comes before anything is written."""
+    # shared: setup
     device = select_device(args.device)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
     rng = np.random.default_rng(args.seed)
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    # shared: end
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     loss_function = torch.compile(ppo_loss, fullgraph=True) if args.compile else ppo_loss
 
+    # shared: buffer
     T, N = args.num_steps, args.num_envs  # a row T more: V of the last observation comes out of the same batch
     obs = np.zeros((T + 1, *envs.observation_space.shape), agent.obs_dtype)
     actions = np.zeros((T + 1, N) if agent.is_discrete else (T + 1, N, agent.num_actions), agent.action_dtype)
@@ -544,11 +560,13 @@ def train(args: Args) -> Agent:
     terminated, truncated = np.zeros((2, T, N), bool)
     valid = np.ones((T, N), bool)  # false on steps that only reset
     discounted = np.zeros((T, N), np.float32)  # Σ_k γ^k r_{t-k} over the episode so far
+    # shared: end
 
     run = Run(args, rng, agent=agent, optimizer=optimizer)
     obs[T], _ = envs.reset(seed=args.seed + run.global_step)
     while run.global_step + T * N <= args.total_timesteps:
-        # Collect T steps of N environments with π_old. The rollout begins where the one before ended.
+        # shared: rollout
+        # Collect T steps of N environments. The rollout begins where the one before ended.
         obs[0], valid[0] = obs[T], ~(terminated[-1] | truncated[-1])
         act, noise = agent.policy(), agent.noise(rng, T, N)
         for t in range(T):
@@ -557,12 +575,14 @@ def train(args: Args) -> Agent:
         ended = terminated | truncated
         valid[1:] = ~ended[:-1]
         rewards *= valid
-
-        # log π_old(a_t|s_t) and V(s_t) of the whole rollout in one batch; from them Â_t and R̂_t.
         b_obs, b_actions = (torch.as_tensor(x, device=device).flatten(0, 1) for x in (obs, actions))
+        # shared: end
+
+        # log π_old(a_t|s_t) and V(s_t) of the whole rollout in one batch; from V the targets Â_t and R̂_t.
         with torch.no_grad():
             b_log_probs, _, b_values = agent.evaluate_actions(b_obs, b_actions)
-        values, scaled = b_values.view(T + 1, N).cpu().numpy(), rewards
+        # shared: targets
+        values, scaled = b_values.numpy(force=True).reshape(T + 1, N), rewards
         if args.norm_reward:
             for t in range(T):  # row -1 is still the last of the rollout before
                 discounted[t] = rewards[t] + args.gamma * discounted[t - 1] * valid[t]
@@ -572,6 +592,7 @@ def train(args: Args) -> Agent:
         explained_variance = 1 - np.var((returns - values[:T])[valid]) / (np.var(returns[valid]) + 1e-8)
         if args.norm_adv:
             advantages = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
+        # shared: end
         b_advantages, b_returns = (torch.as_tensor(x, device=device).flatten() for x in (advantages, returns))
         batch = (b_obs, b_actions, b_log_probs, b_values, b_advantages, b_returns)
 

@@ -32,7 +32,6 @@ EVAL_LINE = r"eval: mean_return=-?\d+\.\d\d std=\d+\.\d\d episodes=\d+ checkpoin
 
 ACTIONS = {"dqn": {"Discrete"}, "ddpg": {"Box"}}  # what a file takes, if not both
 SMALL = {  # a budget of milliseconds; each file gets those that it has
-    "total_timesteps": 64,
     "num_envs": 2,
     "num_steps": 8,
     "eval_episodes": 1,
@@ -67,11 +66,20 @@ def takes(path: Path, kind: str) -> bool:
     return kind in ACTIONS.get(path.stem, {"Discrete", "Box"})
 
 
+def budget(path: Path) -> int:
+    """Environment steps that are several updates, to the step, with the other flags of `small`."""
+    return 800 if path.stem == "reinforce" else 64
+
+
 def small(path: Path, flags: str = "") -> str:
-    """A command line with a tiny budget on an environment that the file takes; `flags` win."""
+    """A command line with a tiny budget on an environment that the file takes; `flags` win.
+
+    REINFORCE needs whole episodes, and Pendulum's are all of 200 steps.
+    """
+    env_id = "CartPole-v1" if takes(path, "Discrete") and path.stem != "reinforce" else "Pendulum-v1"
     names = {field.name for field in dataclasses.fields(load(path).Args)}
-    budget = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items() if name in names)
-    return f"--env-id {'CartPole-v1' if takes(path, 'Discrete') else 'Pendulum-v1'} {budget} {flags}"
+    others = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items() if name in names)
+    return f"--env-id {env_id} --total-timesteps {budget(path)} {others} {flags}"
 
 
 @dataclasses.dataclass

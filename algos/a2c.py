@@ -1,0 +1,628 @@
+r"""Advantage Actor-Critic (A2C), the synchronous form of A3C.
+
+REINFORCE waits for whole episodes and takes their noisy returns as they come. A2C plays a few steps of many
+environments and lets the value function V, the critic, stand for the rest of each episode: the return is bootstrapped.
+How soon the critic takes over is λ, which trades variance for bias. Its two ends are the two ways to estimate a value:
+
+    λ = 0   Â_t = δ_t = r_t + γ V(s_{t+1}) - V(s_t)                   one-step TD error: as biased as V, hardly noisy
+    λ = 1   Â_t = r_t + γ r_{t+1} + … + γ^{T-t} V(s_T) - V(s_t)       Monte Carlo up to the rollout's end s_T: noisy
+    any λ   Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},   R̂_t = Â_t + V(s_t)        GAE(λ), between the two
+
+where V is 0 in a terminal state and the sum stops where the episode ends. Each rollout gives one gradient step on the
+policy (the actor), the critic, and an entropy bonus that keeps the policy from settling too soon:
+
+    L = E_t[ log π_θ(a_t|s_t) Â_t - c_v (V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ], maximised; Â_t and R̂_t are constants
+
+V. Mnih et al.: Asynchronous Methods for Deep Reinforcement Learning, 2016, arXiv:1602.01783. GAE(λ): J. Schulman,
+P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
+
+    python algos/a2c.py --env-id CartPole-v1
+    python algos/a2c.py --env-id Acrobot-v1 --gae-lambda 0.95 --ent-coef 0.01
+    python algos/a2c.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --learning-rate 7e-4 --gamma 0.99 \
+        --ent-coef 0.01 --hidden-sizes 512
+"""
+
+import contextlib
+import importlib.util
+import io
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done: `main` prints the sentence and exits with status 2."""
+
+
+@dataclass
+class Args:
+    # shared: arguments
+    env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
+    exp_name: str = Path(__file__).stem  # a part of the run folder's name
+    seed: int = 1  # random seed of the weights, actions, minibatches and environments
+    device: str = "auto"  # auto (the best there is), cpu, cuda, cuda:N or mps
+    async_envs: bool = False  # train with a process per environment, for slow simulators (Atari has threads)
+    log_dir: str = "runs"  # where the run's folder is made
+    track: bool = False  # mirror the run to Weights & Biases (needs the package wandb)
+    eval_episodes: int = 10  # episodes of the deterministic policy after training (0: none)
+    capture_video: bool = False  # record the evaluation episodes as mp4 into the run's folder
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints
+    resume: str = ""  # resume from this checkpoint, in its folder, with its arguments; a flag given beside it wins
+    evaluate: str = ""  # no training: evaluate this checkpoint
+    # shared: end
+    total_timesteps: int = 200_000  # environment steps to train for, all environments together
+    num_envs: int = 16  # N parallel environments
+    num_steps: int = 5  # T steps of each environment per rollout
+    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic; none: linear
+    learning_rate: float = 3e-3  # step size of RMSprop
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the training
+    gamma: float = 0.98  # discount γ
+    gae_lambda: float = 1.0  # λ of GAE: 0 is the one-step TD error, 1 the Monte-Carlo return with bootstrap
+    norm_adv: bool = False  # standardise the advantages of each rollout
+    ent_coef: float = 0.0  # c_e, weight of the entropy bonus
+    vf_coef: float = 0.5  # c_v, weight of the value loss
+    max_grad_norm: float = 0.5  # gradients are clipped to this norm
+    norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
+    norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
+
+    def __post_init__(self):
+        limits = (
+            ("total_timesteps checkpoint_interval", 1, 1e12),
+            ("num_envs hidden_sizes", 1, 1e4),
+            ("num_steps", 2, 1e6),
+            ("learning_rate max_grad_norm", 1e-9, 1e9),
+            ("gamma gae_lambda", 0, 1),
+            ("ent_coef vf_coef eval_episodes seed", 0, 1e9),
+        )
+        # shared: validation
+        for names, low, high in limits:
+            for name in names.split():
+                for value in np.atleast_1d(getattr(self, name)):
+                    if value is not None and not low <= value <= high:  # so that NaN is refused, too
+                        raise UsageError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
+        if self.evaluate and (self.resume or self.eval_episodes == 0):
+            raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
+        # shared: end
+        if self.num_envs * self.num_steps > self.total_timesteps:
+            raise UsageError("--total-timesteps must be at least one rollout, --num-envs times --num-steps")
+
+
+# ==== shared: command line
+def parse_args() -> Args:
+    """Read the command line. With --resume or --evaluate, the checkpoint's arguments are the defaults."""
+
+    def checkpoint_path(resume: str = "", evaluate: str = "") -> str:
+        return resume or evaluate
+
+    box = io.StringIO()  # tyro complains in a box of several lines; the user gets the sentence at its top
+    try:
+        with contextlib.redirect_stderr(box):
+            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)  # a first look
+            default = Args(**load_checkpoint(path)["args"]) if path else Args()
+            return tyro.cli(Args, default=default, description=__doc__)
+    except SystemExit as stop:
+        if stop.code != 2:  # --help
+            raise
+        sentence = box.getvalue().split("│ ─")[0].splitlines()[1:]
+        raise UsageError(" ".join(line.strip("│╰╯─ ") for line in sentence)) from None
+
+
+def select_device(name: str) -> torch.device:
+    """The device of that name; for "auto" the best there is."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=best if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+# ==== shared: environments
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, and there may be no screen
+
+
+def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder: Path | None = None):
+    """Make a vector environment that resets on the next step and has Box observations (other spaces are flattened).
+
+    For evaluation Atari's rewards are not clipped. With `video_folder` every episode is written there as mp4.
+    """
+    atari = args.env_id.split(":")[-1].startswith("ALE/")
+    env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id
+    options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else None}
+    if video_folder:
+        wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda _: True)]
+        if atari:  # what ale-py's vector environment, which cannot render, does in C++ (but for its fire-reset)
+            stack = [gym.wrappers.AtariPreprocessing, lambda env: gym.wrappers.FrameStackObservation(env, 4)]
+            options["frameskip"], wrappers = 1, stack + wrappers
+        options |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
+    elif atari:
+        options["reward_clipping"] = not evaluation
+    if args.capture_video and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
+    try:
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an environment's older version
+            envs = gym.make_vec(env_id, num_envs, **options)
+        if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
+            raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
+        if args.capture_video and not evaluation:  # a missing package should show now, and not after the training
+            probe = gym.make(env_id, render_mode="rgb_array")
+            probe.reset()
+            probe.render()
+            probe.close()
+    except (gym.error.Error, ImportError) as error:
+        install = " (pip install ale-py)" if atari and isinstance(error, ImportError) else ""
+        raise UsageError(f"cannot make the environment {args.env_id}: {error}{install}") from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    space = envs.single_observation_space
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+        raise UsageError(f"{args.env_id} must reset on the next step (AutoresetMode.NEXT_STEP)")
+    if not space.is_np_flattenable:
+        raise UsageError(f"{args.env_id} has observations that cannot be flattened to an array: {space}")
+    return envs if isinstance(space, gym.spaces.Box) else gym.wrappers.vector.FlattenObservation(envs)
+
+
+# ==== shared: networks
+def layer_init(layer: nn.Module, gain: float = np.sqrt(2)) -> nn.Module:
+    """Orthogonal weights, zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(input_size: int, hidden_sizes: tuple[int, ...], output_size: int, output_gain: float) -> nn.Sequential:
+    """Linear layers with tanh between them; a single linear one if there are no hidden sizes."""
+    layers = []
+    for size in hidden_sizes:
+        layers += [layer_init(nn.Linear(input_size, size)), nn.Tanh()]
+        input_size = size
+    return nn.Sequential(*layers, layer_init(nn.Linear(input_size, output_size), output_gain))
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows seen so far (Chan et al. 1979), as buffers that are saved with the weights."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.tensor(1e-4))
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Take in `rows`, shape (B, *shape)."""
+        share = len(rows) / (self.count + len(rows))  # of the new rows among all
+        delta = rows.mean(0) - self.mean
+        self.var += share * (rows.var(0, correction=0) - self.var + (1 - share) * delta.square())
+        self.mean += share * delta
+        self.count += len(rows)
+
+
+# ==== shared: actor-critic
+class Agent(nn.Module):
+    """Policy π(a|s), categorical or diagonal Gaussian, and value function V(s).
+
+    obs_space: Box. uint8 images (three axes, channels first or last, 36 pixels a side or more) go through the
+        convolutions of Mnih et al. (2015); anything else is a vector.
+    action_space: Discrete(n), or a Box of A floats. On an axis with two finite bounds the Gaussian works in [-1, 1],
+        which is scaled to the bounds; elsewhere in the axis's own units. Any other space is a UsageError.
+    """
+
+    def __init__(self, obs_space: gym.spaces.Box, action_space: gym.Space, args: Args):
+        super().__init__()
+        self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
+        if not (self.is_discrete or (isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f")):
+            raise UsageError(
+                f"{Path(__file__).name} takes Discrete and float Box actions; no file here takes {action_space}"
+            )
+        self.action_space = action_space
+        self.action_dtype = np.int64 if self.is_discrete else np.float32
+        self.num_actions = int(action_space.n if self.is_discrete else np.prod(action_space.shape))
+        if not self.is_discrete:
+            with np.errstate(over="ignore"):  # bounds so far apart that their distance overflows are no bounds
+                bounded = np.isfinite(action_space.high - action_space.low)
+            low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
+            self.centre, self.half_range = (low + high) / 2, (high - low) / 2
+            self.log_std = nn.Parameter(torch.zeros(self.num_actions))
+
+        # The shortest of an image's three axes holds the channels, the other two are its height and width.
+        self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) == 3 and sorted(obs_space.shape)[1] >= 36
+        self.channels_last = self.is_image and obs_space.shape[2] < obs_space.shape[0]
+        self.obs_dtype = np.uint8 if self.is_image else np.float32
+        if args.norm_obs and self.is_image:
+            raise UsageError("--norm-obs is not for images, which are scaled to [0, 1] anyway")
+        self.obs_stats = RunningMeanStd(int(np.prod(obs_space.shape))) if args.norm_obs else None
+        self.return_stats = RunningMeanStd() if args.norm_reward else None
+
+        if self.is_image:
+            c1 = nn.Conv2d(obs_space.shape[2 if self.channels_last else 0], 32, kernel_size=8, stride=4)
+            c2, c3 = nn.Conv2d(32, 64, kernel_size=4, stride=2), nn.Conv2d(64, 64, kernel_size=3, stride=1)
+            layers = [layer for conv in (c1, c2, c3) for layer in (layer_init(conv), nn.ReLU())]
+            self.convolutions = nn.Sequential(*layers, nn.Flatten())
+        num_features = self.features(torch.zeros(1, *obs_space.shape)).shape[1]
+        self.actor = mlp(num_features, args.hidden_sizes, self.num_actions, 0.01)  # nearly uniform, or of mean 0
+        self.critic = mlp(num_features, args.hidden_sizes, 1, 1.0)
+
+    def features(self, obs: torch.Tensor) -> torch.Tensor:
+        """The input of actor and critic, shape (B, num_features), made of `obs`, shape (B, *obs_space.shape)."""
+        if self.is_image:
+            return self.convolutions((obs.permute(0, 3, 1, 2) if self.channels_last else obs) / 255)
+        obs = obs.reshape(len(obs), -1)
+        if self.obs_stats is None:
+            return obs
+        return ((obs - self.obs_stats.mean) * (self.obs_stats.var + 1e-8).rsqrt()).clamp(-10, 10)
+
+    def policy(self):
+        """π with the weights of now, as a function of arrays: act(obs, noise) gives actions a ~ π(·|s), act(obs) the
+        mode or mean of π; of shape (B,) if Discrete, else (B, num_actions).
+
+        Vectors go through the network in numpy, which for the few rows of one step takes a third of torch's time, and
+        need not wait for a GPU.
+        """
+        linear = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
+        *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
+        if self.obs_stats is not None:
+            mean, std = self.obs_stats.mean.numpy(force=True), np.sqrt(self.obs_stats.var.numpy(force=True) + 1e-8)
+
+        def act(obs: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
+            if self.is_image:
+                with torch.inference_mode():
+                    images = torch.as_tensor(obs, device=self.actor[0].weight.device)
+                    output = self.actor(self.features(images)).numpy(force=True)
+            else:
+                x = obs.reshape(len(obs), -1)
+                if self.obs_stats is not None:
+                    x = ((x - mean) / std).clip(-10, 10)
+                for weight, bias in hidden:
+                    x = np.tanh(x @ weight + bias)
+                output = x @ last[0] + last[1]
+            return (output + noise).argmax(-1) if self.is_discrete else output + noise
+
+        return act
+
+    def noise(self, rng: np.random.Generator, *shape: int) -> np.ndarray:
+        """Noise that makes `act` sample, shape (*shape, num_actions): that of a whole rollout can be drawn at once.
+
+        argmax(logits + Gumbel noise) is a sample of the categorical distribution, mean + std * normal noise one of the
+        Gaussian.
+        """
+        if self.is_discrete:
+            return rng.gumbel(size=(*shape, self.num_actions)).astype(np.float32)
+        std = self.log_std.exp().numpy(force=True)
+        return std * rng.standard_normal((*shape, self.num_actions), np.float32)
+
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
+        """The same actions as elements of the environment's action space, shape (B, *action_space.shape)."""
+        if self.is_discrete:
+            return actions + self.action_space.start
+        actions = self.centre + self.half_range * actions.reshape(-1, *self.action_space.shape)
+        actions = np.maximum(self.action_space.low, np.minimum(self.action_space.high, actions))
+        return actions.astype(self.action_space.dtype, copy=False)
+
+    def evaluate_actions(self, obs: torch.Tensor, actions: torch.Tensor):
+        """log π(a|s), entropy H[π(·|s)] and V(s), each of shape (B,)."""
+        features = self.features(obs)
+        log_probs, entropy = self.log_prob(self.actor(features), actions)
+        return log_probs, entropy, self.critic(features).squeeze(-1)
+
+    def log_prob(self, output: torch.Tensor, actions: torch.Tensor):
+        """log π(a|s) and entropy, each of shape (B,), from the actor's output: logits or means, (B, num_actions)."""
+        if self.is_discrete:
+            log_p = F.log_softmax(output, dim=-1)
+            log_probs = -F.nll_loss(log_p, actions, reduction="none")  # picks log_p[b, actions[b]]
+            return log_probs, -(log_p.exp() * log_p).sum(-1)
+        z = (actions - output) * (-self.log_std).exp()  # of the action before it is clipped to the bounds
+        log_probs = -(0.5 * z.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+        return log_probs, (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand_as(log_probs)
+
+
+# ==== shared: advantages
+def compute_gae(rewards, values, terminated, truncated, gamma: float, gae_lambda: float):
+    """Generalised advantage estimates Â and returns R̂ = Â + V, both of shape (T, N).
+
+    rewards, terminated, truncated: (T, N). values: (T+1, N), the last row V of the observations after the rollout.
+    A terminal state is worth 0 and a truncated one its value; no Â reaches past the end of its episode. On reset
+    steps both results are meaningless. Schulman et al. (2016), equations 11 to 16.
+    """
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
+    decay = gamma * gae_lambda * ~(terminated | truncated)
+    advantages, advantage = np.zeros_like(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decay[t] * advantage
+    return advantages, advantages + values[:-1]
+
+
+# ==== shared: evaluation
+def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
+    """Returns of `args.eval_episodes` whole episodes of the deterministic policy.
+
+    They are played in batches, one in each environment, and all of a batch count: to take the first that end would
+    favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go beside the
+    checkpoint.
+    """
+    num_envs, returns = 1 if args.capture_video else min(args.eval_episodes, 16), []
+    video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
+    envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
+    act = agent.policy()
+    while len(returns) < args.eval_episodes:
+        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # far from the seeds of the training
+        totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
+        for _ in range(27_000):
+            actions = agent.to_env(act(obs.astype(agent.obs_dtype)))
+            obs, rewards, terminated, truncated, _ = envs.step(actions)
+            totals += rewards * ~ended
+            ended |= terminated | truncated
+            if ended.all():
+                break
+        returns += totals.tolist()
+    envs.close()
+    return returns[: args.eval_episodes]
+
+
+def print_evaluation(returns: list[float], checkpoint: str | Path) -> None:
+    mean, std = (np.mean(returns), np.std(returns)) if returns else (np.nan, np.nan)
+    print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}")
+
+
+# ==== shared: run
+def load_checkpoint(path: str | Path, **modules) -> dict:
+    """Read a checkpoint (plain types and tensors only, which cannot run code), and restore `modules` from it."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        _ = Args(**checkpoint["args"]), checkpoint["global_step"], checkpoint["rng"]  # raises if one is missing
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        return checkpoint
+    except OSError as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    except Exception as error:  # whatever a damaged or foreign file leads to
+        fits = "that fits this environment and these arguments" if modules else "that can be read"
+        raise UsageError(f"{path} is not a checkpoint of {Path(__file__).name} {fits}") from error
+
+
+class Run:
+    """A run's folder with its checkpoint and TensorBoard events, the progress bar, and the answer to Ctrl-C.
+
+    modules: what the checkpoint keeps, by name; each has a `state_dict`.
+    """
+
+    def __init__(self, args: Args, rng: np.random.Generator, **modules):
+        for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
+            if getattr(args, flag) and not importlib.util.find_spec(package):
+                raise UsageError(f"--{flag.replace('_', '-')} needs a package that is missing: pip install {package}")
+        self.args, self.rng, self.modules, self.global_step = args, rng, modules, 0
+        folder = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.log_dir) / re.sub("[/:]", "-", folder)
+        if args.resume:
+            checkpoint = load_checkpoint(args.resume, **modules)
+            self.global_step, rng.bit_generator.state = checkpoint["global_step"], checkpoint["rng"]
+            self.folder = Path(args.resume).parent
+        try:
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+        except OSError as error:
+            raise UsageError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        if args.track:
+            import wandb
+
+            options = {"name": self.folder.name, "dir": self.folder.parent, "config": asdict(args)}
+            self.wandb_run = wandb.init(**options, sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.folder), purge_step=(self.global_step + 1) if args.resume else None)
+        self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.first_step, self.start_time = self.global_step, time.perf_counter()
+        self.running, self.returns = np.zeros((2, args.num_envs)), []
+        self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
+        self.save()
+        self.interrupted = False
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.interrupt)
+
+    def interrupt(self, signum: int, frame) -> None:
+        """Ctrl-C or SIGTERM: stop after this update, where all is whole; a second one kills at once."""
+        self.interrupted = True
+        signal.signal(signum, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this update; once more stops at once, at the last checkpoint\n")
+
+    def log_rollout(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
+        """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
+        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns and lengths so far
+        for t, n in np.argwhere(ended):
+            episodic_return, length = totals[:, t, n]
+            totals[:, t:, n] -= [[episodic_return], [length]]  # the next episode counts from here
+            step = self.global_step + (t + 1) * ended.shape[1]
+            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+            self.writer.add_scalar("charts/episodic_length", length, step)
+            self.returns.append(episodic_return)
+        self.running = totals[:, -1]
+
+        self.global_step += ended.size
+        for name, value in scalars.items():
+            if not math.isfinite(value):  # must not get into the checkpoint
+                self.fail(f"{name} is {value} at step {self.global_step}; a lower --learning-rate may help")
+        thousandth = self.args.total_timesteps / 1000  # of the run: as many points make a curve
+        if self.global_step % thousandth < ended.size:
+            sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
+            for name, value in {**scalars, "charts/SPS": sps}.items():
+                self.writer.add_scalar(name, value, self.global_step)
+            if self.returns:
+                self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}", refresh=False)
+        self.bar.update(ended.size)
+        if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
+            self.save()
+        if self.interrupted:
+            self.stop()
+
+    def fail(self, sentence: str) -> None:
+        """Say what is wrong, and exit."""
+        self.bar.close()
+        self.writer.close()
+        sys.exit(f"error: {sentence}")
+
+    def stop(self) -> None:
+        """Say how to go on, and exit."""
+        self.bar.close()
+        self.writer.close()
+        command = shlex.join(["python", sys.argv[0], "--resume", str(self.checkpoint)])
+        print(f"stopped at step {self.global_step}; resume with: {command}")
+        sys.exit(130)
+
+    def save(self) -> None:
+        """Write the checkpoint to another file, flush and rename it: a kill at any moment leaves a whole one."""
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
+        state["args"] = asdict(replace(self.args, resume="", evaluate=""))
+        temporary = self.checkpoint.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.checkpoint)
+
+    def finish(self, agent: Agent) -> None:
+        """Write the last checkpoint, evaluate the agent, and print the result."""
+        self.save()
+        self.bar.total = self.bar.n  # what is left of the budget is less than an update
+        self.bar.close()
+        try:
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
+            returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
+        except KeyboardInterrupt:
+            self.stop()
+        for episode, episodic_return in enumerate(returns):
+            self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)  # a point each
+        self.writer.close()
+        if self.args.track:
+            self.wandb_run.finish()
+        print_evaluation(returns, self.checkpoint)
+
+
+# ==== A2C
+def a2c_loss(log_probs, entropy, values, advantages, returns, args: Args):
+    """The loss -L of B transitions, and its parts. All arguments have shape (B,); the last two are constants."""
+    policy_loss = -(log_probs * advantages).mean()
+    value_loss = F.mse_loss(values, returns)
+    entropy = entropy.mean()
+    return policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy, policy_loss, value_loss, entropy
+
+
+def train(args: Args) -> Agent:
+    """Train an agent, evaluate it, return it. A UsageError comes before anything is written."""
+    # shared: setup
+    device = select_device(args.device)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = True
+    rng = np.random.default_rng(args.seed)
+    envs = make_envs(args, args.num_envs)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    # shared: end
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.RMSprop(parameters, lr=args.learning_rate, alpha=0.99, eps=1e-5, foreach=True)
+
+    # shared: buffer
+    T, N = args.num_steps, args.num_envs  # a row T more: V of the last observation comes out of the same batch
+    obs = np.zeros((T + 1, *envs.observation_space.shape), agent.obs_dtype)
+    actions = np.zeros((T + 1, N) if agent.is_discrete else (T + 1, N, agent.num_actions), agent.action_dtype)
+    rewards = np.zeros((T, N), np.float32)
+    terminated, truncated = np.zeros((2, T, N), bool)
+    valid = np.ones((T, N), bool)  # false on steps that only reset
+    discounted = np.zeros((T, N), np.float32)  # Σ_k γ^k r_{t-k} over the episode so far
+    # shared: end
+
+    run = Run(args, rng, agent=agent, optimizer=optimizer)
+    obs[T], _ = envs.reset(seed=args.seed + run.global_step)
+    while run.global_step + T * N <= args.total_timesteps:
+        # shared: rollout
+        # Collect T steps of N environments. The rollout begins where the one before ended.
+        obs[0], valid[0] = obs[T], ~(terminated[-1] | truncated[-1])
+        act, noise = agent.policy(), agent.noise(rng, T, N)
+        for t in range(T):
+            actions[t] = act(obs[t], noise[t])
+            obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
+        ended = terminated | truncated
+        valid[1:] = ~ended[:-1]
+        rewards *= valid
+        b_obs, b_actions = (torch.as_tensor(x, device=device).flatten(0, 1) for x in (obs, actions))
+        # shared: end
+
+        # log π(a_t|s_t), H and V(s_t) of the whole rollout in one batch; from V the targets Â_t and R̂_t.
+        b_log_probs, b_entropy, b_values = agent.evaluate_actions(b_obs, b_actions)
+        # shared: targets
+        values, scaled = b_values.numpy(force=True).reshape(T + 1, N), rewards
+        if args.norm_reward:
+            for t in range(T):  # row -1 is still the last of the rollout before
+                discounted[t] = rewards[t] + args.gamma * discounted[t - 1] * valid[t]
+            agent.return_stats.update(torch.as_tensor(discounted[valid], device=device))
+            scaled = (rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8)).clip(-10, 10)
+        advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
+        explained_variance = 1 - np.var((returns - values[:T])[valid]) / (np.var(returns[valid]) + 1e-8)
+        if args.norm_adv:
+            advantages = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
+        # shared: end
+        b_advantages, b_returns = (torch.as_tensor(x[valid], device=device) for x in (advantages, returns))
+
+        # Maximise L by one step.
+        remaining = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+        rows = torch.as_tensor(np.flatnonzero(valid), device=device)
+        of_policy = (x[rows] for x in (b_log_probs, b_entropy, b_values))
+        loss, policy_loss, value_loss, entropy = a2c_loss(*of_policy, b_advantages, b_returns, args)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        if args.norm_obs:  # only now: act and log π of this rollout have seen the same statistics
+            agent.obs_stats.update(b_obs[rows].flatten(1))
+
+        scalars = {
+            "losses/policy_loss": policy_loss.item(),
+            "losses/value_loss": value_loss.item(),
+            "losses/entropy": entropy.item(),
+            "losses/explained_variance": explained_variance,
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+        }
+        run.log_rollout(rewards, ended, valid, scalars)
+    envs.close()
+    run.finish(agent)
+    return agent
+
+
+# ==== shared: main
+def main() -> None:
+    """Run the command line. Exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
+    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the folder the user stands in
+    try:
+        args = parse_args()
+        if not args.evaluate:
+            train(args)
+            return
+        envs = make_envs(args, num_envs=1, evaluation=True)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
+        load_checkpoint(args.evaluate, agent=agent)
+        print_evaluation(evaluate(agent, args, Path(args.evaluate)), args.evaluate)
+    except UsageError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
+# shared: end
