@@ -52,8 +52,8 @@ class UsageError(Exception):
 
 @dataclass
 class Args:
-    # shared: arguments
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
+    # shared: arguments
     exp_name: str = Path(__file__).stem  # a part of the run folder's name
     seed: int = 1  # random seed of the weights, actions, minibatches and environments
     device: str = "auto"  # auto (the best there is), cpu, cuda, cuda:N or mps
@@ -70,7 +70,7 @@ class Args:
     num_envs: int = 16  # N parallel environments, each of which plays one whole episode per update
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic; none: linear
     weight: Literal["total-return", "reward-to-go", "baseline"] = "baseline"  # Φ, the weight of ∇ log π
-    norm_weight: bool = False  # standardise Φ over the episodes of each update
+    norm_weight: bool = False  # standardise Φ over the steps of each update: one more baseline, and it helps all three
     learning_rate: float = 5e-3  # step size of Adam, for the policy and for V
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the training
     gamma: float = 0.99  # discount γ
@@ -183,15 +183,33 @@ def layer_init(layer: nn.Module, gain: float = np.sqrt(2)) -> nn.Module:
     return layer
 
 
-def mlp(input_size: int, hidden_sizes: tuple[int, ...], output_size: int, output_gain: float) -> nn.Sequential:
-    """Linear layers with tanh between them; a single linear one if there are no hidden sizes."""
+def mlp(input_size: int, hidden_sizes: tuple[int, ...], output_size: int, gain: float, activation=nn.Tanh):
+    """Linear layers with activations between them; a single linear one if there are no hidden sizes."""
     layers = []
     for size in hidden_sizes:
-        layers += [layer_init(nn.Linear(input_size, size)), nn.Tanh()]
+        layers += [layer_init(nn.Linear(input_size, size)), activation()]
         input_size = size
-    return nn.Sequential(*layers, layer_init(nn.Linear(input_size, output_size), output_gain))
+    return nn.Sequential(*layers, layer_init(nn.Linear(input_size, output_size), gain))
 
 
+def numpy_mlp(network: nn.Sequential):
+    """An `mlp` with its weights of now as a function of arrays.
+
+    For the few rows of one step numpy takes a third of torch's time, and need not wait for a GPU.
+    """
+    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
+    *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
+    activate = np.tanh if isinstance(network[1 % len(network)], nn.Tanh) else lambda x: np.maximum(x, 0)
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        for weight, bias in hidden:
+            x = activate(x @ weight + bias)
+        return x @ last[0] + last[1]
+
+    return forward
+
+
+# ==== shared: statistics
 class RunningMeanStd(nn.Module):
     """Mean and variance of all rows seen so far (Chan et al. 1979), as buffers that are saved with the weights."""
 
@@ -266,13 +284,9 @@ class Agent(nn.Module):
 
     def policy(self):
         """π with the weights of now, as a function of arrays: act(obs, noise) gives actions a ~ π(·|s), act(obs) the
-        mode or mean of π; of shape (B,) if Discrete, else (B, num_actions).
-
-        Vectors go through the network in numpy, which for the few rows of one step takes a third of torch's time, and
-        need not wait for a GPU.
+        mode or mean of π; of shape (B,) if Discrete, else (B, num_actions). Vectors stay in numpy.
         """
-        linear = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
-        *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
+        actor = numpy_mlp(self.actor)
         if self.obs_stats is not None:
             mean, std = self.obs_stats.mean.numpy(force=True), np.sqrt(self.obs_stats.var.numpy(force=True) + 1e-8)
 
@@ -285,9 +299,7 @@ class Agent(nn.Module):
                 x = obs.reshape(len(obs), -1)
                 if self.obs_stats is not None:
                     x = ((x - mean) / std).clip(-10, 10)
-                for weight, bias in hidden:
-                    x = np.tanh(x @ weight + bias)
-                output = x @ last[0] + last[1]
+                output = actor(x)
             return (output + noise).argmax(-1) if self.is_discrete else output + noise
 
         return act
@@ -454,8 +466,8 @@ class Run:
         for name, value in scalars.items():
             if not math.isfinite(value):  # must not get into the checkpoint
                 self.fail(f"{name} is {value} at step {self.global_step}; a lower --learning-rate may help")
-        thousandth = self.args.total_timesteps / 1000  # of the run: as many points make a curve
-        if self.global_step % thousandth < ended.size:
+        points = 1000  # are enough for a curve
+        if (self.global_step * points) % self.args.total_timesteps < ended.size * points:
             sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
             for name, value in {**scalars, "charts/SPS": sps}.items():
                 self.writer.add_scalar(name, value, self.global_step)

@@ -23,15 +23,17 @@ from tests.odd_envs import UNFIT_ACTIONS, UNFIT_OBSERVATIONS
 MAX_LINES = 725  # the aim is 400; the command line, checkpoints and all kinds of spaces take the rest
 MAX_OWN_LINES = 230  # outside of the shared blocks
 MAX_HEART_LINES = 80  # from the first action of a rollout to the optimizer's step
-PACKAGES = {"torch", "numpy", "gymnasium", "tyro", "tqdm"}
-EVERYWHERE = {"arguments", "validation", "command line", "environments", "evaluation", "run", "main"}
-POLICY = {"networks", "actor-critic", "setup"}
+PACKAGES = {"torch", "numpy", "gymnasium", "tyro", "tqdm", "psutil"}
+EVERYWHERE = {"arguments", "validation", "command line", "environments", "evaluation", "run", "setup", "main"}
+POLICY = {"networks", "statistics", "actor-critic"}
 ROLLOUT = {"advantages", "buffer", "rollout", "targets"}
 BLOCKS = {
     "reinforce": EVERYWHERE | POLICY | {"critic"},
     "a2c": EVERYWHERE | POLICY | ROLLOUT,
     "ppo": EVERYWHERE | POLICY | ROLLOUT,
     "trpo": EVERYWHERE | POLICY | ROLLOUT | {"critic"},
+    "dqn": EVERYWHERE | {"networks", "images", "replay buffer", "target network"},
+    "ddpg": EVERYWHERE | {"networks", "box actions", "replay buffer", "target network"},
 }
 
 

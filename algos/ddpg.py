@@ -1,0 +1,627 @@
+r"""Deep Deterministic Policy Gradient (DDPG).
+
+DQN takes a maximum over actions, which a continuous space does not allow. DDPG trains a second network to find it: the
+actor μ(s) climbs up the gradient of the critic Q(s, a) with respect to the action. The critic is fitted as in DQN,
+on transitions from a replay buffer, with the actor's action in place of the best one; the targets come from slow copies
+of both networks.
+
+    y = r + γ (1 - terminated) Q_targ(s', μ_targ(s'))
+    critic:   minimise E[ (Q(s, a) - y)² ]; y is a constant           actor:   maximise E[ Q(s, μ(s)) ]
+    φ_targ ← τ φ + (1 - τ) φ_targ, for the parameters φ of both
+
+μ is deterministic, so noise is added to its actions for exploration. Actions and noise are in units of half the range
+of each axis, in which the bounds are -1 and 1 (of one, where an axis has no two bounds). Either every step's noise is
+new, ε_t ~ N(0, σ²), or it follows an Ornstein-Uhlenbeck process, whose correlation falls by a factor 1 - θ a step, so
+that the noise keeps pushing one way for about 1/θ steps:
+
+    x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15; σ is its standard deviation, too
+
+T. P. Lillicrap, J. J. Hunt, A. Pritzel, N. Heess, T. Erez, Y. Tassa, D. Silver, D. Wierstra: Continuous control with
+deep reinforcement learning, 2016, arXiv:1509.02971. Most defaults are those of S. Fujimoto, H. van Hoof, D. Meger:
+Addressing Function Approximation Error in Actor-Critic Methods, 2018, arXiv:1802.09477.
+
+    python algos/ddpg.py --env-id Pendulum-v1
+    python algos/ddpg.py --env-id LunarLanderContinuous-v3 --total-timesteps 300000 --noise ou
+    python algos/ddpg.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --learning-starts 25000 \
+        --learning-rate 3e-4 --gamma 0.99
+"""
+
+import contextlib
+import copy
+import importlib.util
+import io
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done: `main` prints the sentence and exits with status 2."""
+
+
+@dataclass
+class Args:
+    env_id: str = "Pendulum-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
+    # shared: arguments
+    exp_name: str = Path(__file__).stem  # a part of the run folder's name
+    seed: int = 1  # random seed of the weights, actions, minibatches and environments
+    device: str = "auto"  # auto (the best there is), cpu, cuda, cuda:N or mps
+    async_envs: bool = False  # train with a process per environment, for slow simulators (Atari has threads)
+    log_dir: str = "runs"  # where the run's folder is made
+    track: bool = False  # mirror the run to Weights & Biases (needs the package wandb)
+    eval_episodes: int = 10  # episodes of the deterministic policy after training (0: none)
+    capture_video: bool = False  # record the evaluation episodes as mp4 into the run's folder
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints
+    resume: str = ""  # resume from this checkpoint, in its folder, with its arguments; a flag given beside it wins
+    evaluate: str = ""  # no training: evaluate this checkpoint
+    # shared: end
+    total_timesteps: int = 20_000  # environment steps to train for, all environments together
+    num_envs: int = 1  # N parallel environments
+    hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critic; none: linear
+    learning_rate: float = 1e-3  # step size of Adam, for both
+    gamma: float = 0.98  # discount γ
+    buffer_size: int = 1_000_000  # the replay buffer keeps the last transitions, about this many
+    batch_size: int = 256  # transitions of a gradient step
+    learning_starts: int = 1000  # random steps before learning; after a resume, the policy's, for a new buffer
+    tau: float = 0.005  # τ, how fast the target networks follow
+    noise: Literal["gaussian", "ou"] = "gaussian"  # exploration noise: independent, or Ornstein-Uhlenbeck
+    exploration_noise: float = 0.1  # σ of the noise, in units of half the range of each action
+
+    def __post_init__(self):
+        limits = (
+            ("total_timesteps checkpoint_interval", 1, 1e12),
+            ("num_envs hidden_sizes", 1, 1e4),
+            ("buffer_size batch_size", 1, 1e9),
+            ("learning_rate", 1e-9, 1e9),
+            ("tau", 1e-9, 1),
+            ("gamma", 0, 1),
+            ("exploration_noise learning_starts eval_episodes seed", 0, 1e9),
+        )
+        # shared: validation
+        for names, low, high in limits:
+            for name in names.split():
+                for value in np.atleast_1d(getattr(self, name)):
+                    if value is not None and not low <= value <= high:  # so that NaN is refused, too
+                        raise UsageError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
+        if self.evaluate and (self.resume or self.eval_episodes == 0):
+            raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
+        # shared: end
+        if self.num_envs > self.total_timesteps:
+            raise UsageError("--total-timesteps must be at least one step of each environment, --num-envs")
+
+
+# ==== shared: command line
+def parse_args() -> Args:
+    """Read the command line. With --resume or --evaluate, the checkpoint's arguments are the defaults."""
+
+    def checkpoint_path(resume: str = "", evaluate: str = "") -> str:
+        return resume or evaluate
+
+    box = io.StringIO()  # tyro complains in a box of several lines; the user gets the sentence at its top
+    try:
+        with contextlib.redirect_stderr(box):
+            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)  # a first look
+            default = Args(**load_checkpoint(path)["args"]) if path else Args()
+            return tyro.cli(Args, default=default, description=__doc__)
+    except SystemExit as stop:
+        if stop.code != 2:  # --help
+            raise
+        sentence = box.getvalue().split("│ ─")[0].splitlines()[1:]
+        raise UsageError(" ".join(line.strip("│╰╯─ ") for line in sentence)) from None
+
+
+def select_device(name: str) -> torch.device:
+    """The device of that name; for "auto" the best there is."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=best if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+# ==== shared: environments
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, and there may be no screen
+
+
+def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder: Path | None = None):
+    """Make a vector environment that resets on the next step and has Box observations (other spaces are flattened).
+
+    For evaluation Atari's rewards are not clipped. With `video_folder` every episode is written there as mp4.
+    """
+    atari = args.env_id.split(":")[-1].startswith("ALE/")
+    env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id
+    options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else None}
+    if video_folder:
+        wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda _: True)]
+        if atari:  # what ale-py's vector environment, which cannot render, does in C++ (but for its fire-reset)
+            stack = [gym.wrappers.AtariPreprocessing, lambda env: gym.wrappers.FrameStackObservation(env, 4)]
+            options["frameskip"], wrappers = 1, stack + wrappers
+        options |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
+    elif atari:
+        options["reward_clipping"] = not evaluation
+    if args.capture_video and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
+    try:
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an environment's older version
+            envs = gym.make_vec(env_id, num_envs, **options)
+        if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
+            raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
+        if args.capture_video and not evaluation:  # a missing package should show now, and not after the training
+            probe = gym.make(env_id, render_mode="rgb_array")
+            probe.reset()
+            probe.render()
+            probe.close()
+    except (gym.error.Error, ImportError) as error:
+        install = " (pip install ale-py)" if atari and isinstance(error, ImportError) else ""
+        raise UsageError(f"cannot make the environment {args.env_id}: {error}{install}") from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    space = envs.single_observation_space
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+        raise UsageError(f"{args.env_id} must reset on the next step (AutoresetMode.NEXT_STEP)")
+    if not space.is_np_flattenable:
+        raise UsageError(f"{args.env_id} has observations that cannot be flattened to an array: {space}")
+    return envs if isinstance(space, gym.spaces.Box) else gym.wrappers.vector.FlattenObservation(envs)
+
+
+# ==== shared: networks
+def layer_init(layer: nn.Module, gain: float = np.sqrt(2)) -> nn.Module:
+    """Orthogonal weights, zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(input_size: int, hidden_sizes: tuple[int, ...], output_size: int, gain: float, activation=nn.Tanh):
+    """Linear layers with activations between them; a single linear one if there are no hidden sizes."""
+    layers = []
+    for size in hidden_sizes:
+        layers += [layer_init(nn.Linear(input_size, size)), activation()]
+        input_size = size
+    return nn.Sequential(*layers, layer_init(nn.Linear(input_size, output_size), gain))
+
+
+def numpy_mlp(network: nn.Sequential):
+    """An `mlp` with its weights of now as a function of arrays.
+
+    For the few rows of one step numpy takes a third of torch's time, and need not wait for a GPU.
+    """
+    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
+    *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
+    activate = np.tanh if isinstance(network[1 % len(network)], nn.Tanh) else lambda x: np.maximum(x, 0)
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        for weight, bias in hidden:
+            x = activate(x @ weight + bias)
+        return x @ last[0] + last[1]
+
+    return forward
+
+
+# ==== shared: box actions
+class BoxScale:
+    """Scales actions to the bounds of a Box, whatever they are: -1 and 1 become the low and the high of each axis.
+
+    An axis without two finite bounds is passed through in its own units. What exceeds a bound is cut to it.
+    """
+
+    def __init__(self, space: gym.spaces.Box):
+        with np.errstate(over="ignore"):  # bounds so far apart that their distance overflows are no bounds
+            bounded = np.isfinite(space.high - space.low)
+        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+        self.space, self.centre, self.half_range = space, (low + high) / 2, (high - low) / 2
+
+    def __call__(self, actions: np.ndarray) -> np.ndarray:
+        """Elements of the space, shape (B, *space.shape), from `actions`, shape (B, number of axes)."""
+        actions = self.centre + self.half_range * actions.reshape(-1, *self.space.shape)
+        actions = np.maximum(self.space.low, np.minimum(self.space.high, actions))
+        return actions.astype(self.space.dtype, copy=False)
+
+
+# ==== actor and critic
+class Agent(nn.Module):
+    """Actor μ(s) and critic Q(s, a).
+
+    obs_space: Box, of any shape, which is flattened.
+    action_space: Box of A floats. On an axis with two finite bounds μ in [-1, 1] is scaled to the bounds; elsewhere it
+        is in the axis's own units. Any other space is a UsageError.
+    """
+
+    obs_dtype = np.float32
+
+    def __init__(self, obs_space: gym.spaces.Box, action_space: gym.Space, args: Args):
+        super().__init__()
+        if not (isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"):
+            raise UsageError(f"ddpg.py takes float Box actions, not {action_space}; for Discrete use dqn.py or ppo.py")
+        self.to_env = BoxScale(action_space)
+        self.num_actions = int(np.prod(action_space.shape))
+        obs_size = int(np.prod(obs_space.shape))
+        self.actor = mlp(obs_size, args.hidden_sizes, self.num_actions, 0.01, nn.ReLU)
+        self.critic = mlp(obs_size + self.num_actions, args.hidden_sizes, 1, 1.0, nn.ReLU)
+
+    def mu(self, obs: torch.Tensor) -> torch.Tensor:
+        """μ(s) in [-1, 1], shape (B, num_actions)."""
+        return self.actor(obs.reshape(len(obs), -1)).tanh()
+
+    def q(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Q(s, a), shape (B,), for actions in [-1, 1]."""
+        return self.critic(torch.cat([obs.reshape(len(obs), -1), actions], 1)).squeeze(1)
+
+    def policy(self):
+        """μ with the weights of now, as a function of arrays: obs to actions in [-1, 1], shape (B, num_actions)."""
+        actor = numpy_mlp(self.actor)
+        return lambda obs: np.tanh(actor(obs.reshape(len(obs), -1)))
+
+
+# ==== shared: replay buffer
+class ReplayBuffer:
+    """The last transitions (s, a, r, s', terminated) of N environments, in a ring that stores every frame once.
+
+    A place of the ring holds an observation and what was done there; s' is what the same environment stores next. The
+    step that only resets leads from the end of an episode to the start of the next: no transition, and never sampled.
+    Of an image with channels first, taken for stacked frames, only the newest frame is stored if the others are those
+    of the observation before. So a million Atari transitions take 7.1 GB (56 GB with both stacks of each); an image
+    that is no such stack takes a place for each of its channels.
+
+    size: places, of all environments together. A UsageError if they take more memory than is free.
+    """
+
+    def __init__(self, size: int, num_envs: int, obs_shape: tuple, obs_dtype, action_shape: tuple, action_dtype):
+        is_stack = obs_dtype == np.uint8 and len(obs_shape) == 3 and obs_shape[0] < obs_shape[2]
+        self.stack, frame_shape = (obs_shape[0], obs_shape[1:]) if is_stack else (1, obs_shape)
+        self.num_envs, self.obs_shape = num_envs, obs_shape
+        self.places = num_envs * (math.ceil(size / num_envs) + 2 * self.stack - 1)
+        frame, action = np.zeros(frame_shape, obs_dtype), np.zeros(action_shape, action_dtype)
+        needed, free = self.places * (frame.nbytes + action.nbytes + 14), psutil.virtual_memory().available
+        if needed > free:
+            raise UsageError(f"--buffer-size {size} takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
+        self.frames = np.zeros((self.places, *frame_shape), obs_dtype)
+        self.actions = np.zeros((self.places, *action_shape), action_dtype)
+        self.rewards = np.zeros(self.places, np.float32)
+        self.terminated, self.valid = np.zeros((2, self.places), bool)
+        self.next_place = np.zeros(self.places, np.int64)
+        self.place = np.arange(num_envs) - num_envs  # of each environment's last observation; the next is N further
+        self.last_obs = np.zeros((num_envs, self.stack, *frame_shape), obs_dtype)
+        self.used = 0  # places before this one may be in use
+
+    def store(self, obs: np.ndarray) -> None:
+        """Put in the environments' observations, shape (N, *obs_shape)."""
+        obs, envs = obs.reshape(self.last_obs.shape), np.arange(self.num_envs)
+        for k in range(self.stack):
+            if k < self.stack - 1:  # an older frame, stored only where it is not that of the observation before
+                n = np.flatnonzero((obs[:, :-1] != self.last_obs[:, 1:]).any(axis=(1, 2, 3)))
+            else:
+                n = envs
+            self.place[n] = place = (self.place[n] + self.num_envs) % self.places
+            self.frames[place] = obs[n, k]
+            for later in range(self.stack):  # these contained the frame that was here
+                self.valid[(place + later * self.num_envs) % self.places] = False
+            self.used = max(self.used, place.max(initial=-1) + 1)
+        self.last_obs[:] = obs
+
+    def add(self, actions, rewards, terminated, next_obs, valid) -> None:
+        """Put in the transitions from the observations that were stored last. All of shape (N, ...)."""
+        place = self.place.copy()
+        self.actions[place], self.rewards[place], self.terminated[place] = actions, rewards, terminated
+        self.store(next_obs)
+        self.next_place[place], self.valid[place] = self.place, valid
+
+    def sample(self, batch_size: int, rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Draw B transitions uniformly: obs (B, *obs_shape), actions (B, ...), rewards, next_obs and terminated."""
+        place = rng.integers(self.used, size=batch_size)
+        while not (valid := self.valid[place]).all():
+            place[~valid] = rng.integers(self.used, size=batch_size - valid.sum())
+        back = self.num_envs * np.arange(self.stack)[::-1]
+        obs, next_obs = (
+            self.frames[(p[:, None] - back) % self.places].reshape(batch_size, *self.obs_shape)
+            for p in (place, self.next_place[place])
+        )
+        batch = (obs, self.actions[place], self.rewards[place], next_obs, self.terminated[place])
+        return tuple(torch.as_tensor(x, device=device) for x in batch)
+
+
+# ==== shared: target network
+def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """Polyak averaging, φ_targ ← τ φ + (1-τ) φ_targ; with τ = 1 a copy."""
+    with torch.no_grad():
+        torch._foreach_lerp_([*target.parameters()], [*online.parameters()], tau)
+
+
+# ==== shared: evaluation
+def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
+    """Returns of `args.eval_episodes` whole episodes of the deterministic policy.
+
+    They are played in batches, one in each environment, and all of a batch count: to take the first that end would
+    favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go beside the
+    checkpoint.
+    """
+    num_envs, returns = 1 if args.capture_video else min(args.eval_episodes, 16), []
+    video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
+    envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
+    act = agent.policy()
+    while len(returns) < args.eval_episodes:
+        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # far from the seeds of the training
+        totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
+        for _ in range(27_000):
+            actions = agent.to_env(act(obs.astype(agent.obs_dtype)))
+            obs, rewards, terminated, truncated, _ = envs.step(actions)
+            totals += rewards * ~ended
+            ended |= terminated | truncated
+            if ended.all():
+                break
+        returns += totals.tolist()
+    envs.close()
+    return returns[: args.eval_episodes]
+
+
+def print_evaluation(returns: list[float], checkpoint: str | Path) -> None:
+    mean, std = (np.mean(returns), np.std(returns)) if returns else (np.nan, np.nan)
+    print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}")
+
+
+# ==== shared: run
+def load_checkpoint(path: str | Path, **modules) -> dict:
+    """Read a checkpoint (plain types and tensors only, which cannot run code), and restore `modules` from it."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        _ = Args(**checkpoint["args"]), checkpoint["global_step"], checkpoint["rng"]  # raises if one is missing
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        return checkpoint
+    except OSError as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    except Exception as error:  # whatever a damaged or foreign file leads to
+        fits = "that fits this environment and these arguments" if modules else "that can be read"
+        raise UsageError(f"{path} is not a checkpoint of {Path(__file__).name} {fits}") from error
+
+
+class Run:
+    """A run's folder with its checkpoint and TensorBoard events, the progress bar, and the answer to Ctrl-C.
+
+    modules: what the checkpoint keeps, by name; each has a `state_dict`.
+    """
+
+    def __init__(self, args: Args, rng: np.random.Generator, **modules):
+        for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
+            if getattr(args, flag) and not importlib.util.find_spec(package):
+                raise UsageError(f"--{flag.replace('_', '-')} needs a package that is missing: pip install {package}")
+        self.args, self.rng, self.modules, self.global_step = args, rng, modules, 0
+        folder = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.log_dir) / re.sub("[/:]", "-", folder)
+        if args.resume:
+            checkpoint = load_checkpoint(args.resume, **modules)
+            self.global_step, rng.bit_generator.state = checkpoint["global_step"], checkpoint["rng"]
+            self.folder = Path(args.resume).parent
+        try:
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+        except OSError as error:
+            raise UsageError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        if args.track:
+            import wandb
+
+            options = {"name": self.folder.name, "dir": self.folder.parent, "config": asdict(args)}
+            self.wandb_run = wandb.init(**options, sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.folder), purge_step=(self.global_step + 1) if args.resume else None)
+        self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.first_step, self.start_time = self.global_step, time.perf_counter()
+        self.running, self.returns = np.zeros((2, args.num_envs)), []
+        self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
+        self.save()
+        self.interrupted = False
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.interrupt)
+
+    def interrupt(self, signum: int, frame) -> None:
+        """Ctrl-C or SIGTERM: stop after this update, where all is whole; a second one kills at once."""
+        self.interrupted = True
+        signal.signal(signum, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this update; once more stops at once, at the last checkpoint\n")
+
+    def log_rollout(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
+        """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
+        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns and lengths so far
+        for t, n in np.argwhere(ended):
+            episodic_return, length = totals[:, t, n]
+            totals[:, t:, n] -= [[episodic_return], [length]]  # the next episode counts from here
+            step = self.global_step + (t + 1) * ended.shape[1]
+            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+            self.writer.add_scalar("charts/episodic_length", length, step)
+            self.returns.append(episodic_return)
+        self.running = totals[:, -1]
+
+        self.global_step += ended.size
+        for name, value in scalars.items():
+            if not math.isfinite(value):  # must not get into the checkpoint
+                self.fail(f"{name} is {value} at step {self.global_step}; a lower --learning-rate may help")
+        points = 1000  # are enough for a curve
+        if (self.global_step * points) % self.args.total_timesteps < ended.size * points:
+            sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
+            for name, value in {**scalars, "charts/SPS": sps}.items():
+                self.writer.add_scalar(name, value, self.global_step)
+            if self.returns:
+                self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}", refresh=False)
+        self.bar.update(ended.size)
+        if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
+            self.save()
+        if self.interrupted:
+            self.stop()
+
+    def fail(self, sentence: str) -> None:
+        """Say what is wrong, and exit."""
+        self.bar.close()
+        self.writer.close()
+        sys.exit(f"error: {sentence}")
+
+    def stop(self) -> None:
+        """Say how to go on, and exit."""
+        self.bar.close()
+        self.writer.close()
+        command = shlex.join(["python", sys.argv[0], "--resume", str(self.checkpoint)])
+        print(f"stopped at step {self.global_step}; resume with: {command}")
+        sys.exit(130)
+
+    def save(self) -> None:
+        """Write the checkpoint to another file, flush and rename it: a kill at any moment leaves a whole one."""
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
+        state["args"] = asdict(replace(self.args, resume="", evaluate=""))
+        temporary = self.checkpoint.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.checkpoint)
+
+    def finish(self, agent: Agent) -> None:
+        """Write the last checkpoint, evaluate the agent, and print the result."""
+        self.save()
+        self.bar.total = self.bar.n  # what is left of the budget is less than an update
+        self.bar.close()
+        try:
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
+            returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
+        except KeyboardInterrupt:
+            self.stop()
+        for episode, episodic_return in enumerate(returns):
+            self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)  # a point each
+        self.writer.close()
+        if self.args.track:
+            self.wandb_run.finish()
+        print_evaluation(returns, self.checkpoint)
+
+
+# ==== DDPG
+class OrnsteinUhlenbeck:
+    """Time-correlated noise for N environments. θ and σ: see above."""
+
+    def __init__(self, num_envs: int, num_actions: int, sigma: float, theta: float = 0.15):
+        self.x, self.decay = np.zeros((num_envs, num_actions), np.float32), 1 - theta
+        self.scale = sigma * np.sqrt(1 - self.decay**2)
+
+    def sample(self, rng: np.random.Generator, started: np.ndarray) -> np.ndarray:
+        """The next noise, shape (N, A); from 0 where an episode has started, (N,)."""
+        self.x = self.decay * self.x * ~started[:, None] + self.scale * rng.standard_normal(self.x.shape, np.float32)
+        return self.x
+
+
+def bellman_target(target: Agent, rewards, next_obs, terminated, gamma: float) -> torch.Tensor:
+    """y of B transitions, shape (B,)."""
+    with torch.no_grad():
+        return rewards + gamma * ~terminated * target.q(next_obs, target.mu(next_obs))
+
+
+def train(args: Args) -> Agent:
+    """Train an agent, evaluate it, return it. A UsageError comes before anything is written."""
+    # shared: setup
+    device = select_device(args.device)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = True
+    rng = np.random.default_rng(args.seed)
+    envs = make_envs(args, args.num_envs)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    # shared: end
+    target = copy.deepcopy(agent).requires_grad_(False)
+    actor_parameters = list(agent.actor.parameters())
+    actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
+
+    N, A = args.num_envs, agent.num_actions
+    buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space.shape, np.float32, (A,), np.float32)
+    process = OrnsteinUhlenbeck(N, A, args.exploration_noise)
+    valid = np.ones(N, bool)  # false on steps that only reset
+
+    optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    run = Run(args, rng, agent=agent, target=target, **optimizers)
+    for optimizer in optimizers.values():
+        optimizer.param_groups[0]["lr"] = args.learning_rate  # not that of a resumed optimizer
+    obs, _ = envs.reset(seed=args.seed + run.global_step)
+    obs = obs.astype(np.float32)
+    buffer.store(obs)
+    while run.global_step + N <= args.total_timesteps:
+        # A step of N environments, with noise, into the buffer.
+        if args.noise == "ou":
+            noise = process.sample(rng, started=~valid)
+        else:
+            noise = args.exploration_noise * rng.standard_normal((N, A), np.float32)
+        if run.global_step < args.learning_starts:
+            actions = rng.uniform(-1, 1, (N, A)).astype(np.float32)
+        else:
+            actions = (agent.policy()(obs) + noise).clip(-1, 1)
+        obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
+        obs, rewards, ended = obs.astype(np.float32, copy=False), rewards * valid, terminated | truncated
+        buffer.add(actions, rewards, terminated, obs, valid)
+
+        # As many gradient steps, on transitions from the buffer.
+        scalars = {"charts/learning_rate": args.learning_rate}
+        if run.global_step + N >= run.first_step + args.learning_starts:
+            for _ in range(N):
+                b_obs, b_actions, b_rewards, b_next_obs, b_terminated = buffer.sample(args.batch_size, rng, device)
+                y = bellman_target(target, b_rewards, b_next_obs, b_terminated, args.gamma)
+                q = agent.q(b_obs, b_actions)
+                critic_loss = F.mse_loss(q, y)
+                critic_optimizer.zero_grad()
+                critic_loss.backward()
+                critic_optimizer.step()
+
+                actor_loss = -agent.q(b_obs, agent.mu(b_obs)).mean()
+                actor_optimizer.zero_grad()
+                actor_loss.backward(inputs=actor_parameters)
+                actor_optimizer.step()
+                update_target(target, agent, args.tau)
+            scalars |= {
+                "losses/critic_loss": critic_loss.item(),
+                "losses/actor_loss": actor_loss.item(),
+                "losses/q_values": q.mean().item(),
+            }
+        run.log_rollout(rewards[None], ended[None], valid[None], scalars)
+        valid = ~ended
+    envs.close()
+    run.finish(agent)
+    return agent
+
+
+# ==== shared: main
+def main() -> None:
+    """Run the command line. Exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
+    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the folder the user stands in
+    try:
+        args = parse_args()
+        if not args.evaluate:
+            train(args)
+            return
+        envs = make_envs(args, num_envs=1, evaluation=True)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
+        load_checkpoint(args.evaluate, agent=agent)
+        print_evaluation(evaluate(agent, args, Path(args.evaluate)), args.evaluate)
+    except UsageError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
+# shared: end
