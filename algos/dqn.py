@@ -20,7 +20,8 @@ V. Mnih et al.: Human-level control through deep reinforcement learning, Nature 
 A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, arXiv:1509.06461.
 
     python algos/dqn.py --env-id CartPole-v1
-    python algos/dqn.py --env-id CliffWalking-v1 --hidden-sizes --learning-rate 0.1
+    python algos/dqn.py --env-id CliffWalking-v1 --hidden-sizes --learning-rate 0.1 --total-timesteps 10000 \
+        --train-frequency 2 --target-network-frequency 50
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 4 --buffer-size 1000000 \
         --learning-starts 80000 --train-frequency 4 --batch-size 32 --hidden-sizes 512 --learning-rate 1e-4 \
         --target-network-frequency 1000 --exploration-fraction 0.1 --end-e 0.01
@@ -75,12 +76,12 @@ class Args:
     total_timesteps: int = 100_000  # environment steps to train for, all environments together
     num_envs: int = 1  # N parallel environments
     hidden_sizes: tuple[int, ...] = (120, 84)  # widths of the hidden layers of Q; none: linear
-    learning_rate: float = 2.5e-4  # step size of Adam
+    learning_rate: float = 1e-3  # step size of Adam
     gamma: float = 0.99  # discount γ
-    buffer_size: int = 10_000  # the replay buffer keeps the last transitions, about this many
+    buffer_size: int = 50_000  # the replay buffer keeps the last transitions, about this many
     batch_size: int = 128  # transitions of a gradient step
-    learning_starts: int = 10_000  # steps before learning; again after a resume, for the buffer, which is not saved
-    train_frequency: int = 10  # environment steps between updates of Q
+    learning_starts: int = 1000  # steps before learning; again after a resume, for the buffer, which is not saved
+    train_frequency: int = 4  # environment steps between updates of Q
     gradient_steps: int = 1  # gradient steps of each update
     target_network_frequency: int = 500  # environment steps between updates of Q_targ
     tau: float = 1.0  # τ, Q_targ ← τ Q + (1-τ) Q_targ: 1 copies
@@ -255,7 +256,8 @@ class Agent(nn.Module):
         super().__init__()
         if not isinstance(action_space, gym.spaces.Discrete):
             raise UsageError(f"dqn.py takes Discrete actions, not {action_space}; for Box use ddpg.py or ppo.py")
-        self.num_actions, self.first_action = int(action_space.n), int(action_space.start)
+        self.num_actions = int(action_space.n)
+        self.to_env = lambda actions: actions + action_space.start  # to elements of the environment's space
         self.is_image = is_image(obs_space)
         self.obs_dtype = np.uint8 if self.is_image else np.float32
         self.convolutions = Convolutions(obs_space) if self.is_image else None
@@ -280,10 +282,6 @@ class Agent(nn.Module):
         else:
             q = numpy_mlp(self.q)
         return lambda obs: q(obs if self.is_image else obs.reshape(len(obs), -1)).argmax(-1)
-
-    def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """The same actions as elements of the environment's action space."""
-        return actions + self.first_action
 
 
 # ==== shared: replay buffer

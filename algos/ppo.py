@@ -218,6 +218,47 @@ def numpy_mlp(network: nn.Sequential):
     return forward
 
 
+# ==== shared: images
+def is_image(space: gym.spaces.Box) -> bool:
+    """Whether these observations are images: uint8, three axes, two of at least 36 pixels."""
+    return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+
+
+class Convolutions(nn.Sequential):
+    """Those of Mnih et al. (2015), for images with their channels, the shortest axis, first or last."""
+
+    def __init__(self, space: gym.spaces.Box):
+        self.channels_last = space.shape[2] < space.shape[0]
+        c1 = nn.Conv2d(space.shape[2 if self.channels_last else 0], 32, kernel_size=8, stride=4)
+        c2, c3 = nn.Conv2d(32, 64, kernel_size=4, stride=2), nn.Conv2d(64, 64, kernel_size=3, stride=1)
+        layers = [layer for conv in (c1, c2, c3) for layer in (layer_init(conv), nn.ReLU())]
+        super().__init__(*layers, nn.Flatten())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features, shape (B, num_features), of uint8 images."""
+        return super().forward((images.permute(0, 3, 1, 2) if self.channels_last else images) / 255)
+
+
+# ==== shared: box actions
+class BoxScale:
+    """Scales actions to the bounds of a Box, whatever they are: -1 and 1 become the low and the high of each axis.
+
+    An axis without two finite bounds is passed through in its own units. What exceeds a bound is cut to it.
+    """
+
+    def __init__(self, space: gym.spaces.Box):
+        with np.errstate(over="ignore"):  # bounds so far apart that their distance overflows are no bounds
+            bounded = np.isfinite(space.high - space.low)
+        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+        self.space, self.centre, self.half_range = space, (low + high) / 2, (high - low) / 2
+
+    def __call__(self, actions: np.ndarray) -> np.ndarray:
+        """Elements of the space, shape (B, *space.shape), from `actions`, shape (B, number of axes)."""
+        actions = self.centre + self.half_range * actions.reshape(-1, *self.space.shape)
+        actions = np.maximum(self.space.low, np.minimum(self.space.high, actions))
+        return actions.astype(self.space.dtype, copy=False)
+
+
 # ==== shared: statistics
 class RunningMeanStd(nn.Module):
     """Mean and variance of all rows seen so far (Chan et al. 1979), as buffers that are saved with the weights."""
@@ -254,30 +295,22 @@ class Agent(nn.Module):
             raise UsageError(
                 f"{Path(__file__).name} takes Discrete and float Box actions; no file here takes {action_space}"
             )
-        self.action_space = action_space
         self.action_dtype = np.int64 if self.is_discrete else np.float32
         self.num_actions = int(action_space.n if self.is_discrete else np.prod(action_space.shape))
-        if not self.is_discrete:
-            with np.errstate(over="ignore"):  # bounds so far apart that their distance overflows are no bounds
-                bounded = np.isfinite(action_space.high - action_space.low)
-            low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
-            self.centre, self.half_range = (low + high) / 2, (high - low) / 2
+        if self.is_discrete:
+            self.to_env = lambda actions: actions + action_space.start  # to elements of the environment's space
+        else:
+            self.to_env = BoxScale(action_space)
             self.log_std = nn.Parameter(torch.zeros(self.num_actions))
 
-        # The shortest of an image's three axes holds the channels, the other two are its height and width.
-        self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) == 3 and sorted(obs_space.shape)[1] >= 36
-        self.channels_last = self.is_image and obs_space.shape[2] < obs_space.shape[0]
+        self.is_image = is_image(obs_space)
         self.obs_dtype = np.uint8 if self.is_image else np.float32
         if args.norm_obs and self.is_image:
             raise UsageError("--norm-obs is not for images, which are scaled to [0, 1] anyway")
         self.obs_stats = RunningMeanStd(int(np.prod(obs_space.shape))) if args.norm_obs else None
         self.return_stats = RunningMeanStd() if args.norm_reward else None
 
-        if self.is_image:
-            c1 = nn.Conv2d(obs_space.shape[2 if self.channels_last else 0], 32, kernel_size=8, stride=4)
-            c2, c3 = nn.Conv2d(32, 64, kernel_size=4, stride=2), nn.Conv2d(64, 64, kernel_size=3, stride=1)
-            layers = [layer for conv in (c1, c2, c3) for layer in (layer_init(conv), nn.ReLU())]
-            self.convolutions = nn.Sequential(*layers, nn.Flatten())
+        self.convolutions = Convolutions(obs_space) if self.is_image else None
         num_features = self.features(torch.zeros(1, *obs_space.shape)).shape[1]
         self.actor = mlp(num_features, args.hidden_sizes, self.num_actions, 0.01)  # nearly uniform, or of mean 0
         self.critic = mlp(num_features, args.hidden_sizes, 1, 1.0)
@@ -285,7 +318,7 @@ class Agent(nn.Module):
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         """The input of actor and critic, shape (B, num_features), made of `obs`, shape (B, *obs_space.shape)."""
         if self.is_image:
-            return self.convolutions((obs.permute(0, 3, 1, 2) if self.channels_last else obs) / 255)
+            return self.convolutions(obs)
         obs = obs.reshape(len(obs), -1)
         if self.obs_stats is None:
             return obs
@@ -323,14 +356,6 @@ class Agent(nn.Module):
             return rng.gumbel(size=(*shape, self.num_actions)).astype(np.float32)
         std = self.log_std.exp().numpy(force=True)
         return std * rng.standard_normal((*shape, self.num_actions), np.float32)
-
-    def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """The same actions as elements of the environment's action space, shape (B, *action_space.shape)."""
-        if self.is_discrete:
-            return actions + self.action_space.start
-        actions = self.centre + self.half_range * actions.reshape(-1, *self.action_space.shape)
-        actions = np.maximum(self.action_space.low, np.minimum(self.action_space.high, actions))
-        return actions.astype(self.action_space.dtype, copy=False)
 
     def evaluate_actions(self, obs: torch.Tensor, actions: torch.Tensor):
         """log π(a|s), entropy H[π(·|s)] and V(s), each of shape (B,)."""

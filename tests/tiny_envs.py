@@ -64,6 +64,22 @@ class Delay(gym.Env):
         return self.observation(), float(reward), self.t == 4, False, {}
 
 
+class Wages(gym.Env):
+    """Four steps. Each pays its number, 1 to 4, plus the action, 0 or 1. Observation: the step as one-hot."""
+
+    observation_space = spaces.Box(0, 1, (4,))
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.eye(5, 4, dtype=np.float32)[0], {}
+
+    def step(self, action):
+        self.t += 1
+        return np.eye(5, 4, dtype=np.float32)[self.t], float(self.t + action), self.t == 4, False, {}
+
+
 class Alive(gym.Env):
     """Each step pays 1, and an action other than the one observed ends the episode. A time limit cuts it after ten.
 
@@ -123,15 +139,16 @@ class Trace(gym.Env):
     """Every observation tells which one it is: (the environment's first seed, episode, step). `log` has every step.
 
     Episodes are 1 to 6 steps long and end at random by termination, truncation or both at once. Rewards are random
-    and depend on the action; `jackpot` is paid once, at the end of episode 25 of the environment with seed 1.
+    and depend on the action; `jackpot` is paid once, at the end of episode `when[1]` of the environment with seed
+    `when[0]`.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (3,))
     action_space = spaces.Discrete(3)
     log: ClassVar[list[Step]] = []
 
-    def __init__(self, jackpot: float = 0.0):
-        self.jackpot = jackpot
+    def __init__(self, jackpot: float = 0.0, when: tuple[int, int] = (1, 25)):
+        self.jackpot, self.when = jackpot, when
 
     def observation(self):
         return np.float32([self.env, self.episode, self.t])
@@ -147,7 +164,7 @@ class Trace(gym.Env):
         reward = float(self.np_random.normal() + 2 * action)
         end = self.np_random.integers(3) if self.t + 1 == self.length else None
         terminated, truncated = end in (0, 2), end in (1, 2)
-        if end is not None and (self.env, self.episode) == (1, 25):
+        if end is not None and (self.env, self.episode) == self.when:
             reward += self.jackpot
         self.log.append(Step(self.env, self.episode, self.t, int(action), reward, terminated, truncated))
         self.t += 1
@@ -190,10 +207,12 @@ ENVS = {
     "PictureBandit-v0": dict(entry_point=Bandit, kwargs={"n": 2, "kind": "picture"}),
     "StartBandit-v0": dict(entry_point=Bandit, kwargs={"n": 3, "start": 5}),
     "Delay-v0": dict(entry_point=Delay),
+    "Wages-v0": dict(entry_point=Wages),
     "Alive-v0": dict(entry_point=Alive, max_episode_steps=10),
     "Target-v0": dict(entry_point=Target),
     "Trace-v0": dict(entry_point=Trace),
     "Jackpot-v0": dict(entry_point=Trace, kwargs={"jackpot": 1000.0}),
+    "LateJackpot-v0": dict(entry_point=Trace, kwargs={"jackpot": 1000.0, "when": (200, 0)}),
     "Endless-v0": dict(entry_point=Endless),
     "PaidResets-v0": dict(entry_point=Trace, vector_entry_point=make_paid_resets),
 }
