@@ -104,6 +104,8 @@ class Args:
         if self.evaluate and (self.resume or self.eval_episodes == 0):
             raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
         # shared: end
+        if self.buffer_size < 2 * self.num_envs:
+            raise UsageError("--buffer-size must be at least twice --num-envs")
         if self.num_envs > self.total_timesteps:
             raise UsageError("--total-timesteps must be at least one step of each environment, --num-envs")
 
@@ -518,7 +520,7 @@ class OrnsteinUhlenbeck:
 
     def __init__(self, num_envs: int, num_actions: int, sigma: float, theta: float = 0.15):
         self.x, self.decay = np.zeros((num_envs, num_actions), np.float32), 1 - theta
-        self.scale = sigma * np.sqrt(1 - self.decay**2)
+        self.scale = sigma * math.sqrt(1 - self.decay**2)
 
     def sample(self, rng: np.random.Generator, started: np.ndarray) -> np.ndarray:
         """The next noise, shape (N, A); from 0 where an episode has started, (N,)."""
@@ -550,7 +552,7 @@ def train(args: Args) -> Agent:
     N, A = args.num_envs, agent.num_actions
     buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space.shape, np.float32, (A,), np.float32)
     process = OrnsteinUhlenbeck(N, A, args.exploration_noise)
-    valid = np.ones(N, bool)  # false on steps that only reset
+    valid, started = np.ones(N, bool), np.zeros(N, bool)  # valid: false on steps that only reset; started: after those
 
     optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     run = Run(args, rng, agent=agent, target=target, **optimizers)
@@ -562,7 +564,7 @@ def train(args: Args) -> Agent:
     while run.global_step + N <= args.total_timesteps:
         # A step of N environments, with noise, into the buffer.
         if args.noise == "ou":
-            noise = process.sample(rng, started=~valid)
+            noise = process.sample(rng, started)
         else:
             noise = args.exploration_noise * rng.standard_normal((N, A), np.float32)
         if run.global_step < args.learning_starts:
@@ -596,7 +598,7 @@ def train(args: Args) -> Agent:
                 "losses/q_values": q.mean().item(),
             }
         run.log_rollout(rewards[None], ended[None], valid[None], scalars)
-        valid = ~ended
+        started, valid = ~valid, ~ended
     envs.close()
     run.finish(agent)
     return agent

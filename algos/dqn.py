@@ -87,7 +87,7 @@ class Args:
     tau: float = 1.0  # τ, Q_targ ← τ Q + (1-τ) Q_targ: 1 copies
     start_e: float = 1.0  # ε at the start
     end_e: float = 0.05  # ε in the end
-    exploration_fraction: float = 0.5  # share of the training in which ε falls from the one to the other
+    exploration_fraction: float = 0.2  # share of the training in which ε falls from the one to the other
     double_q: bool = False  # Double DQN: in y, Q chooses the action that Q_targ values
 
     def __post_init__(self):
@@ -109,6 +109,8 @@ class Args:
         if self.evaluate and (self.resume or self.eval_episodes == 0):
             raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
         # shared: end
+        if self.buffer_size < 2 * self.num_envs:
+            raise UsageError("--buffer-size must be at least twice --num-envs")
         if max(self.num_envs, self.train_frequency) > self.total_timesteps:
             raise UsageError("--total-timesteps must be at least --train-frequency and --num-envs")
 

@@ -170,6 +170,7 @@ BAD = [  # flags, words of the sentence
     ("--hidden-sizes 8 0", ["--hidden-sizes", "0"]),
     ("--target-kl small", ["--target-kl", "small"]),
     ("--num-envs 2 --num-steps 8 --total-timesteps 15", ["--total-timesteps", "rollout"]),
+    ("--num-envs 4 --buffer-size 7", ["--buffer-size", "--num-envs"]),
     ("--clip-coef 0.2 --num-envs 2 --num-steps 8 --num-minibatches 9", ["--num-minibatches"]),
     ("--device cuda:99", ["--device cuda:99"]),
     ("--device gpu", ["--device", "gpu"]),
