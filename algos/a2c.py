@@ -8,8 +8,8 @@ How soon the critic takes over is λ, which trades variance for bias. Its two en
     λ = 1   Â_t = r_t + γ r_{t+1} + … + γ^{T-t} V(s_T) - V(s_t)       Monte Carlo up to the rollout's end s_T: noisy
     any λ   Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},   R̂_t = Â_t + V(s_t)        GAE(λ), between the two
 
-where V is 0 in a terminal state and the sum stops where the episode ends. Each rollout gives one gradient step on the
-policy (the actor), the critic, and an entropy bonus that keeps the policy from settling too soon:
+where V is 0 in a terminal state and the sum stops where the episode ends. Each rollout gives one gradient step,
+for the policy (the actor) and the critic at once, with an entropy bonus that keeps the policy from settling too soon:
 
     L = E_t[ log π_θ(a_t|s_t) Â_t - c_v (V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ], maximised; Â_t and R̂_t are constants
 
@@ -202,7 +202,8 @@ def numpy_mlp(network: nn.Sequential):
     """
     linear = [layer for layer in network if isinstance(layer, nn.Linear)]
     *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
-    activate = np.tanh if isinstance(network[1 % len(network)], nn.Tanh) else lambda x: np.maximum(x, 0)
+    is_tanh = any(isinstance(layer, nn.Tanh) for layer in network)
+    activate = np.tanh if is_tanh else lambda x: np.maximum(x, 0)
 
     def forward(x: np.ndarray) -> np.ndarray:
         for weight, bias in hidden:
@@ -397,7 +398,7 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
     while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # far from the seeds of the training
+        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # others than the training began with
         totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
         for _ in range(27_000):
             actions = agent.to_env(act(obs.astype(agent.obs_dtype)))
@@ -534,6 +535,8 @@ class Run:
     def finish(self, agent: Agent) -> None:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
+        if self.interrupted:
+            self.stop()
         self.bar.total = self.bar.n  # what is left of the budget is less than an update
         self.bar.close()
         try:
@@ -552,7 +555,7 @@ class Run:
 
 # ==== A2C
 def a2c_loss(log_probs, entropy, values, advantages, returns, args: Args):
-    """The loss -L of B transitions, and its parts. All arguments have shape (B,); the last two are constants."""
+    """The loss -L of B transitions, and its parts. All but args: (B,); advantages and returns are constants."""
     policy_loss = -(log_probs * advantages).mean()
     value_loss = F.mse_loss(values, returns)
     entropy = entropy.mean()
@@ -618,13 +621,13 @@ def train(args: Args) -> Agent:
         remaining = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
         optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         rows = torch.as_tensor(np.flatnonzero(valid), device=device)
-        of_policy = (x[rows] for x in (b_log_probs, b_entropy, b_values))
-        loss, policy_loss, value_loss, entropy = a2c_loss(*of_policy, b_advantages, b_returns, args)
+        batch = (*(x[rows] for x in (b_log_probs, b_entropy, b_values)), b_advantages, b_returns)
+        loss, policy_loss, value_loss, entropy = a2c_loss(*batch, args)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
-        if args.norm_obs:  # only now: act and log π of this rollout have seen the same statistics
+        if args.norm_obs:  # only now: all above has seen the same statistics
             agent.obs_stats.update(b_obs[rows].flatten(1))
 
         scalars = {

@@ -10,15 +10,17 @@ of both networks.
     φ_targ ← τ φ + (1 - τ) φ_targ, for the parameters φ of both
 
 μ is deterministic, so noise is added to its actions for exploration. Actions and noise are in units of half the range
-of each axis, in which the bounds are -1 and 1 (of one, where an axis has no two bounds). Either every step's noise is
-new, ε_t ~ N(0, σ²), or it follows an Ornstein-Uhlenbeck process, whose correlation falls by a factor 1 - θ a step, so
-that the noise keeps pushing one way for about 1/θ steps:
+of each axis, so that the bounds are -1 and 1; an axis without two bounds is played in its own units, but within [-1, 1]
+all the same. Either every step's noise is new, ε_t ~ N(0, σ²), or it follows an Ornstein-Uhlenbeck process, whose
+correlation falls by a factor 1 - θ a step, so that the noise keeps pushing one way for about 1/θ steps:
 
-    x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15; σ is its standard deviation, too
+    x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15
+
+In the long run its standard deviation is σ, too (the paper's σ = 0.2, of the increments, is σ = 0.38 here).
 
 T. P. Lillicrap, J. J. Hunt, A. Pritzel, N. Heess, T. Erez, Y. Tassa, D. Silver, D. Wierstra: Continuous control with
 deep reinforcement learning, 2016, arXiv:1509.02971. Most defaults are those of S. Fujimoto, H. van Hoof, D. Meger:
-Addressing Function Approximation Error in Actor-Critic Methods, 2018, arXiv:1802.09477.
+Addressing Function Approximation Error in Actor-Critic Methods, 2018, arXiv:1802.09477, and of its later code.
 
     python algos/ddpg.py --env-id Pendulum-v1
     python algos/ddpg.py --env-id LunarLanderContinuous-v3 --total-timesteps 300000 --noise ou
@@ -76,12 +78,12 @@ class Args:
     total_timesteps: int = 20_000  # environment steps to train for, all environments together
     num_envs: int = 1  # N parallel environments
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critic; none: linear
-    learning_rate: float = 1e-3  # step size of Adam, for both
+    learning_rate: float = 1e-3  # step size of Adam, for actor and critic
     gamma: float = 0.98  # discount γ
     buffer_size: int = 1_000_000  # the replay buffer keeps the last transitions, about this many
     batch_size: int = 256  # transitions of a gradient step
-    learning_starts: int = 1000  # random steps before learning; after a resume, the policy's, for a new buffer
-    tau: float = 0.005  # τ, how fast the target networks follow
+    learning_starts: int = 1000  # random steps before learning; after a resume the policy's: the buffer is not saved
+    tau: float = 0.005  # τ, φ_targ ← τ φ + (1-τ) φ_targ after each gradient step
     noise: Literal["gaussian", "ou"] = "gaussian"  # exploration noise: independent, or Ornstein-Uhlenbeck
     exploration_noise: float = 0.1  # σ of the noise, in units of half the range of each action
 
@@ -106,8 +108,8 @@ class Args:
         # shared: end
         if self.buffer_size < 2 * self.num_envs:
             raise UsageError("--buffer-size must be at least twice --num-envs")
-        if self.num_envs > self.total_timesteps:
-            raise UsageError("--total-timesteps must be at least one step of each environment, --num-envs")
+        if max(self.num_envs, self.learning_starts) > self.total_timesteps:
+            raise UsageError("--total-timesteps must be at least --num-envs and --learning-starts")
 
 
 # ==== shared: command line
@@ -209,7 +211,8 @@ def numpy_mlp(network: nn.Sequential):
     """
     linear = [layer for layer in network if isinstance(layer, nn.Linear)]
     *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
-    activate = np.tanh if isinstance(network[1 % len(network)], nn.Tanh) else lambda x: np.maximum(x, 0)
+    is_tanh = any(isinstance(layer, nn.Tanh) for layer in network)
+    activate = np.tanh if is_tanh else lambda x: np.maximum(x, 0)
 
     def forward(x: np.ndarray) -> np.ndarray:
         for weight, bias in hidden:
@@ -245,7 +248,7 @@ class Agent(nn.Module):
 
     obs_space: Box, of any shape, which is flattened.
     action_space: Box of A floats. On an axis with two finite bounds μ in [-1, 1] is scaled to the bounds; elsewhere it
-        is in the axis's own units. Any other space is a UsageError.
+        is in the axis's own units, and in [-1, 1] all the same. Any other space is a UsageError.
     """
 
     obs_dtype = np.float32
@@ -291,9 +294,10 @@ class ReplayBuffer:
         is_stack = obs_dtype == np.uint8 and len(obs_shape) == 3 and obs_shape[0] < obs_shape[2]
         self.stack, frame_shape = (obs_shape[0], obs_shape[1:]) if is_stack else (1, obs_shape)
         self.num_envs, self.obs_shape = num_envs, obs_shape
-        self.places = num_envs * (math.ceil(size / num_envs) + 2 * self.stack - 1)
+        self.places = num_envs * (math.ceil(size / num_envs) + 3 * self.stack - 2)
         frame, action = np.zeros(frame_shape, obs_dtype), np.zeros(action_shape, action_dtype)
-        needed, free = self.places * (frame.nbytes + action.nbytes + 14), psutil.virtual_memory().available
+        other = 4 + 1 + 1 + 8  # bytes of reward, terminated, valid, next_place
+        needed, free = self.places * (frame.nbytes + action.nbytes + other), psutil.virtual_memory().available
         if needed > free:
             raise UsageError(f"--buffer-size {size} takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
         self.frames = np.zeros((self.places, *frame_shape), obs_dtype)
@@ -308,11 +312,10 @@ class ReplayBuffer:
     def store(self, obs: np.ndarray) -> None:
         """Put in the environments' observations, shape (N, *obs_shape)."""
         obs, envs = obs.reshape(self.last_obs.shape), np.arange(self.num_envs)
-        for k in range(self.stack):
-            if k < self.stack - 1:  # an older frame, stored only where it is not that of the observation before
-                n = np.flatnonzero((obs[:, :-1] != self.last_obs[:, 1:]).any(axis=(1, 2, 3)))
-            else:
-                n = envs
+        if self.stack > 1:
+            changed = np.flatnonzero((obs[:, :-1] != self.last_obs[:, 1:]).any(axis=(1, 2, 3)))
+        for k in range(self.stack):  # the older frames only where they are not those of the observation before
+            n = changed if k < self.stack - 1 else envs
             self.place[n] = place = (self.place[n] + self.num_envs) % self.places
             self.frames[place] = obs[n, k]
             for later in range(self.stack):  # these contained the frame that was here
@@ -344,7 +347,7 @@ class ReplayBuffer:
 # ==== shared: target network
 def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
     """Polyak averaging, φ_targ ← τ φ + (1-τ) φ_targ; with τ = 1 a copy."""
-    with torch.no_grad():
+    with torch.no_grad():  # all parameters in one call, as in torch.optim.swa_utils
         torch._foreach_lerp_([*target.parameters()], [*online.parameters()], tau)
 
 
@@ -361,7 +364,7 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
     while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # far from the seeds of the training
+        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # others than the training began with
         totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
         for _ in range(27_000):
             actions = agent.to_env(act(obs.astype(agent.obs_dtype)))
@@ -498,6 +501,8 @@ class Run:
     def finish(self, agent: Agent) -> None:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
+        if self.interrupted:
+            self.stop()
         self.bar.total = self.bar.n  # what is left of the budget is less than an update
         self.bar.close()
         try:
@@ -516,7 +521,7 @@ class Run:
 
 # ==== DDPG
 class OrnsteinUhlenbeck:
-    """Time-correlated noise for N environments. θ and σ: see above."""
+    """Time-correlated noise for N environments: x_t of the docstring at the top."""
 
     def __init__(self, num_envs: int, num_actions: int, sigma: float, theta: float = 0.15):
         self.x, self.decay = np.zeros((num_envs, num_actions), np.float32), 1 - theta
@@ -550,16 +555,17 @@ def train(args: Args) -> Agent:
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
 
     N, A = args.num_envs, agent.num_actions
-    buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space.shape, np.float32, (A,), np.float32)
+    buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space.shape, agent.obs_dtype, (A,), np.float32)
     process = OrnsteinUhlenbeck(N, A, args.exploration_noise)
-    valid, started = np.ones(N, bool), np.zeros(N, bool)  # valid: false on steps that only reset; started: after those
+    valid = np.ones(N, bool)  # false on steps that only reset
+    started = np.zeros(N, bool)  # true on the step after one, the first of an episode
 
     optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     run = Run(args, rng, agent=agent, target=target, **optimizers)
     for optimizer in optimizers.values():
         optimizer.param_groups[0]["lr"] = args.learning_rate  # not that of a resumed optimizer
     obs, _ = envs.reset(seed=args.seed + run.global_step)
-    obs = obs.astype(np.float32)
+    obs = obs.astype(agent.obs_dtype)
     buffer.store(obs)
     while run.global_step + N <= args.total_timesteps:
         # A step of N environments, with noise, into the buffer.
@@ -572,10 +578,11 @@ def train(args: Args) -> Agent:
         else:
             actions = (agent.policy()(obs) + noise).clip(-1, 1)
         obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
-        obs, rewards, ended = obs.astype(np.float32, copy=False), rewards * valid, terminated | truncated
+        obs, rewards = obs.astype(agent.obs_dtype, copy=False), rewards * valid
+        ended = terminated | truncated
         buffer.add(actions, rewards, terminated, obs, valid)
 
-        # As many gradient steps, on transitions from the buffer.
+        # N gradient steps, as many as environment steps, on transitions from the buffer.
         scalars = {"charts/learning_rate": args.learning_rate}
         if run.global_step + N >= run.first_step + args.learning_starts:
             for _ in range(N):

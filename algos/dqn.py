@@ -2,16 +2,19 @@ r"""Deep Q-Network (DQN), and Double DQN.
 
 Q-learning with a network: Q(s, a) estimates the return of action a in state s when all later actions are the best
 ones. It is fitted by regression to its own estimate one step later, the Bellman target. Two things make that stable:
-transitions are drawn at random from a replay buffer, in which neighbours in time are far apart, and the target is
-computed by a copy of the network, Q_targ, that follows only slowly.
+transitions are drawn at random from a replay buffer, so that those of a batch are seldom neighbours in time, and the
+target is computed by a copy of the network, Q_targ, that follows only slowly.
 
     y = r + γ (1 - terminated) max_a' Q_targ(s', a')
-    L = E[ (Q(s, a) - y)² ], minimised; y is a constant
+    L = E[ (Q(s, a) - y)² ], minimised with Adam; y is a constant
 
 The maximum of noisy estimates is too high on average. Double DQN (--double-q) lets one network choose the action and
 the other tell its value:
 
     y = r + γ (1 - terminated) Q_targ(s', argmax_a' Q(s', a'))
+
+(The paper clips the error of each transition at 1. Where rewards are not clipped, too, that favours the many small
+errors over the few large ones at the end of an episode; on CartPole Q diverged.)
 
 Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With no --hidden-sizes Q
 is linear, and on a Discrete observation, which is flattened to one-hot, a table: tabular Q-learning with replay.
@@ -81,12 +84,12 @@ class Args:
     buffer_size: int = 50_000  # the replay buffer keeps the last transitions, about this many
     batch_size: int = 128  # transitions of a gradient step
     learning_starts: int = 1000  # steps before learning; again after a resume, for the buffer, which is not saved
-    train_frequency: int = 4  # environment steps between updates of Q
+    train_frequency: int = 4  # environment steps between updates of Q, rounded to whole steps of all environments
     gradient_steps: int = 1  # gradient steps of each update
     target_network_frequency: int = 500  # environment steps between updates of Q_targ
     tau: float = 1.0  # τ, Q_targ ← τ Q + (1-τ) Q_targ: 1 copies
     start_e: float = 1.0  # ε at the start
-    end_e: float = 0.05  # ε in the end
+    end_e: float = 0.05  # ε at the end
     exploration_fraction: float = 0.2  # share of the training in which ε falls from the one to the other
     double_q: bool = False  # Double DQN: in y, Q chooses the action that Q_targ values
 
@@ -111,8 +114,8 @@ class Args:
         # shared: end
         if self.buffer_size < 2 * self.num_envs:
             raise UsageError("--buffer-size must be at least twice --num-envs")
-        if max(self.num_envs, self.train_frequency) > self.total_timesteps:
-            raise UsageError("--total-timesteps must be at least --train-frequency and --num-envs")
+        if max(self.num_envs, self.train_frequency, self.learning_starts) > self.total_timesteps:
+            raise UsageError("--total-timesteps must be at least --train-frequency, --num-envs and --learning-starts")
 
 
 # ==== shared: command line
@@ -214,7 +217,8 @@ def numpy_mlp(network: nn.Sequential):
     """
     linear = [layer for layer in network if isinstance(layer, nn.Linear)]
     *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
-    activate = np.tanh if isinstance(network[1 % len(network)], nn.Tanh) else lambda x: np.maximum(x, 0)
+    is_tanh = any(isinstance(layer, nn.Tanh) for layer in network)
+    activate = np.tanh if is_tanh else lambda x: np.maximum(x, 0)
 
     def forward(x: np.ndarray) -> np.ndarray:
         for weight, bias in hidden:
@@ -303,9 +307,10 @@ class ReplayBuffer:
         is_stack = obs_dtype == np.uint8 and len(obs_shape) == 3 and obs_shape[0] < obs_shape[2]
         self.stack, frame_shape = (obs_shape[0], obs_shape[1:]) if is_stack else (1, obs_shape)
         self.num_envs, self.obs_shape = num_envs, obs_shape
-        self.places = num_envs * (math.ceil(size / num_envs) + 2 * self.stack - 1)
+        self.places = num_envs * (math.ceil(size / num_envs) + 3 * self.stack - 2)
         frame, action = np.zeros(frame_shape, obs_dtype), np.zeros(action_shape, action_dtype)
-        needed, free = self.places * (frame.nbytes + action.nbytes + 14), psutil.virtual_memory().available
+        other = 4 + 1 + 1 + 8  # bytes of reward, terminated, valid, next_place
+        needed, free = self.places * (frame.nbytes + action.nbytes + other), psutil.virtual_memory().available
         if needed > free:
             raise UsageError(f"--buffer-size {size} takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
         self.frames = np.zeros((self.places, *frame_shape), obs_dtype)
@@ -320,11 +325,10 @@ class ReplayBuffer:
     def store(self, obs: np.ndarray) -> None:
         """Put in the environments' observations, shape (N, *obs_shape)."""
         obs, envs = obs.reshape(self.last_obs.shape), np.arange(self.num_envs)
-        for k in range(self.stack):
-            if k < self.stack - 1:  # an older frame, stored only where it is not that of the observation before
-                n = np.flatnonzero((obs[:, :-1] != self.last_obs[:, 1:]).any(axis=(1, 2, 3)))
-            else:
-                n = envs
+        if self.stack > 1:
+            changed = np.flatnonzero((obs[:, :-1] != self.last_obs[:, 1:]).any(axis=(1, 2, 3)))
+        for k in range(self.stack):  # the older frames only where they are not those of the observation before
+            n = changed if k < self.stack - 1 else envs
             self.place[n] = place = (self.place[n] + self.num_envs) % self.places
             self.frames[place] = obs[n, k]
             for later in range(self.stack):  # these contained the frame that was here
@@ -356,7 +360,7 @@ class ReplayBuffer:
 # ==== shared: target network
 def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
     """Polyak averaging, φ_targ ← τ φ + (1-τ) φ_targ; with τ = 1 a copy."""
-    with torch.no_grad():
+    with torch.no_grad():  # all parameters in one call, as in torch.optim.swa_utils
         torch._foreach_lerp_([*target.parameters()], [*online.parameters()], tau)
 
 
@@ -373,7 +377,7 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
     while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # far from the seeds of the training
+        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # others than the training began with
         totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
         for _ in range(27_000):
             actions = agent.to_env(act(obs.astype(agent.obs_dtype)))
@@ -510,6 +514,8 @@ class Run:
     def finish(self, agent: Agent) -> None:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
+        if self.interrupted:
+            self.stop()
         self.bar.total = self.bar.n  # what is left of the budget is less than an update
         self.bar.close()
         try:
@@ -558,7 +564,7 @@ def train(args: Args) -> Agent:
     T = max(args.train_frequency // N, 1)  # steps of each environment between updates
     buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space.shape, agent.obs_dtype, (), np.int64)
     rewards = np.zeros((T, N), np.float32)
-    ended, valid = np.zeros((T, N), bool), np.ones((T, N), bool)  # valid: not on steps that only reset
+    ended, valid = np.zeros((T, N), bool), np.ones((T, N), bool)  # valid: false on steps that only reset
 
     run = Run(args, rng, agent=agent, target=target, optimizer=optimizer)
     optimizer.param_groups[0]["lr"] = args.learning_rate  # not that of a resumed optimizer

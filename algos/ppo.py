@@ -208,7 +208,8 @@ def numpy_mlp(network: nn.Sequential):
     """
     linear = [layer for layer in network if isinstance(layer, nn.Linear)]
     *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
-    activate = np.tanh if isinstance(network[1 % len(network)], nn.Tanh) else lambda x: np.maximum(x, 0)
+    is_tanh = any(isinstance(layer, nn.Tanh) for layer in network)
+    activate = np.tanh if is_tanh else lambda x: np.maximum(x, 0)
 
     def forward(x: np.ndarray) -> np.ndarray:
         for weight, bias in hidden:
@@ -403,7 +404,7 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
     while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # far from the seeds of the training
+        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # others than the training began with
         totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
         for _ in range(27_000):
             actions = agent.to_env(act(obs.astype(agent.obs_dtype)))
@@ -540,6 +541,8 @@ class Run:
     def finish(self, agent: Agent) -> None:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
+        if self.interrupted:
+            self.stop()
         self.bar.total = self.bar.n  # what is left of the budget is less than an update
         self.bar.close()
         try:
@@ -651,7 +654,7 @@ def train(args: Args) -> Agent:
             approx_kl = (ratio - 1 - log_ratio).mean().item()  # estimates KL(π_old‖π), and is never negative
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
-        if args.norm_obs:  # only now: act, π_old and every ρ of this rollout have seen the same statistics
+        if args.norm_obs:  # only now: all above has seen the same statistics
             agent.obs_stats.update(torch.as_tensor(obs[:T][valid], device=device).flatten(1))
 
         scalars = {

@@ -9,9 +9,10 @@ expected return needs no model of the environment, only samples:
     reward-to-go   Φ_t = R_t = Σ_{k≥t} γ^{k-t} r_k      … only for what came after it, which is all it can change
     baseline       Φ_t = R_t - V(s_t)                   … and only for how that differs from the usual in this state
 
-What one leaves out of the one before has mean zero in g (but for γ: R_t as everyone has it lacks the factor γ^t). So
-all three follow the same gradient; what falls from one to the next is its variance, and with it the number of episodes
-that it takes to learn. V is a network too, fitted to the returns R_t by regression.
+What each leaves out adds nothing to g on average, only noise. So with γ = 1 all three follow the same gradient; what
+falls from one to the next is its variance, and with it the number of episodes that it takes to learn. (With γ < 1 the
+last two lack a factor γ^t, as in nearly every implementation: late steps count for more than in the gradient of
+E[R(τ)].) V is a network too, fitted to the returns R_t by regression.
 
 R. J. Williams: Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning, Machine
 Learning 8, 1992. R. S. Sutton, A. G. Barto: Reinforcement Learning, 2nd edition, 2018, chapter 13.
@@ -70,12 +71,12 @@ class Args:
     num_envs: int = 16  # N parallel environments, each of which plays one whole episode per update
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic; none: linear
     weight: Literal["total-return", "reward-to-go", "baseline"] = "baseline"  # Φ, the weight of ∇ log π
-    norm_weight: bool = False  # standardise Φ over the steps of each update: one more baseline, and it helps all three
+    norm_weight: bool = False  # standardise Φ over each update: helps all three on CartPole, but biases g a little
     learning_rate: float = 5e-3  # step size of Adam, for the policy and for V
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the training
     gamma: float = 0.99  # discount γ
-    critic_updates: int = 10  # epochs of V's regression on the returns of each update
-    num_minibatches: int = 1  # minibatches per epoch of the regression
+    critic_updates: int = 10  # epochs of the critic's regression on the returns of each update (baseline only)
+    num_minibatches: int = 1  # minibatches per epoch of the regression (baseline only)
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
     norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
 
@@ -199,7 +200,8 @@ def numpy_mlp(network: nn.Sequential):
     """
     linear = [layer for layer in network if isinstance(layer, nn.Linear)]
     *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
-    activate = np.tanh if isinstance(network[1 % len(network)], nn.Tanh) else lambda x: np.maximum(x, 0)
+    is_tanh = any(isinstance(layer, nn.Tanh) for layer in network)
+    activate = np.tanh if is_tanh else lambda x: np.maximum(x, 0)
 
     def forward(x: np.ndarray) -> np.ndarray:
         for weight, bias in hidden:
@@ -396,7 +398,7 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
     while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # far from the seeds of the training
+        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # others than the training began with
         totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
         for _ in range(27_000):
             actions = agent.to_env(act(obs.astype(agent.obs_dtype)))
@@ -533,6 +535,8 @@ class Run:
     def finish(self, agent: Agent) -> None:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
+        if self.interrupted:
+            self.stop()
         self.bar.total = self.bar.n  # what is left of the budget is less than an update
         self.bar.close()
         try:
@@ -553,8 +557,8 @@ class Run:
 def rewards_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
     """R_t = Σ_{k≥t} γ^{k-t} r_k, shape (T, N) like the rewards, each column of which is one episode and zeros after it.
 
-    After a time limit nothing is added either: the objective is the return within the limit, which is also what the
-    evaluation measures. It keeps g unbiased; to estimate what would have followed, V has to be trusted (see a2c.py).
+    Nothing is added for what a time limit cuts off: the objective is the return within the limit, which is also what
+    the evaluation measures, and g is unbiased for that. To add an estimate of the rest is to trust V (see a2c.py).
     """
     returns, R = np.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
@@ -565,15 +569,15 @@ def rewards_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
 def policy_gradient(agent: Agent, parameters: list, obs, actions, weights, lengths) -> float:
     """Set the parameters' `grad` to g, the mean of Σ_t ∇ log π(a_t|s_t) Φ_t over N episodes.
 
-    obs, actions, weights Φ: (T, N, ...), of which episode n is the first lengths[n] rows of column n.
+    obs, actions, weights Φ: (T, N, ...), lengths: (N,). Episode n is the first lengths[n] rows of column n of each.
     Returns the variance of the episodes' gradients, summed over all parameters.
     """
-    of_episodes = []  # a gradient for each, in order to see how much they differ
+    episode_gradients = []  # one for each, to measure how much they differ
     for n, length in enumerate(lengths):
         log_probs, _ = agent.log_prob(agent.actor(agent.features(obs[:length, n])), actions[:length, n])
-        of_episodes.append(torch.autograd.grad((log_probs * weights[:length, n]).sum(), parameters))
+        episode_gradients.append(torch.autograd.grad((log_probs * weights[:length, n]).sum(), parameters))
     variance = 0.0
-    for parameter, gradients in zip(parameters, zip(*of_episodes, strict=True), strict=True):
+    for parameter, gradients in zip(parameters, zip(*episode_gradients, strict=True), strict=True):
         gradients = torch.stack(gradients)
         parameter.grad = gradients.mean(0)
         variance += gradients.var(0, correction=min(1, len(lengths) - 1)).sum().item()
@@ -597,18 +601,18 @@ def train(args: Args) -> Agent:
     N = args.num_envs
     run = Run(args, rng, agent=agent, optimizer=optimizer, critic_optimizer=critic_optimizer)
     while True:
-        # Play one whole episode in each environment; one that has ended waits for the others. (To take the first N
-        # episodes that end, whichever environment they are from, would favour the short ones.)
-        next_obs, _ = envs.reset(seed=args.seed + run.global_step)
+        # Play one whole episode in each environment. Those that have ended go on, unrecorded, until the last has. (To
+        # take the first N episodes that end, whichever environment they are from, would favour the short ones.)
+        next_obs, _ = envs.reset(seed=args.seed + run.global_step)  # after a resume, too, the next episodes are these
         steps, active, act = [], np.ones(N, bool), agent.policy()
-        while active.any() and run.global_step + N * (len(steps) + 1) <= args.total_timesteps:
+        while active.any() and not run.interrupted and run.global_step + N * (len(steps) + 1) <= args.total_timesteps:
             obs = next_obs.astype(agent.obs_dtype)
             actions = act(obs, agent.noise(rng, N))
             next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
             ended = active & (terminated | truncated)
             steps.append((obs, actions, rewards * active, ended, active))
             active = active & ~ended
-        if active.any():  # the budget is spent, and these episodes are not whole
+        if active.any():  # interrupted, or the budget is spent: these episodes are not whole
             break
         obs, actions, rewards, ended, valid = (np.stack(x) for x in zip(*steps, strict=True))  # each (T, N, ...)
         rewards, lengths = rewards.astype(np.float32), valid.sum(0)
@@ -617,18 +621,18 @@ def train(args: Args) -> Agent:
         # The returns, and from them Φ.
         scaled = rewards
         if args.norm_reward:
-            discounted = rewards_to_go(rewards[::-1], args.gamma)[::-1]  # Σ_k γ^k r_{t-k}
+            discounted = rewards_to_go(rewards[::-1], args.gamma)[::-1]  # Σ_k γ^k r_{t-k}, by going back in time
             agent.return_stats.update(torch.as_tensor(discounted[valid], device=device))
             scaled = (rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8)).clip(-10, 10)
         returns = rewards_to_go(scaled, args.gamma)
         with torch.no_grad():
-            _, entropy, b_values = agent.evaluate_actions(b_obs, b_actions)
+            _, b_entropy, b_values = agent.evaluate_actions(b_obs, b_actions)
         weights = returns.copy()
         if args.weight == "total-return":
             weights[:] = returns[0]
         elif args.weight == "baseline":
             weights[valid] -= b_values.numpy(force=True)
-        explained_variance = 1 - np.var(weights[valid]) / (np.var(returns[valid]) + 1e-8)
+            explained_variance = 1 - np.var(weights[valid]) / (np.var(returns[valid]) + 1e-8)
         if args.norm_weight:
             weights = (weights - weights[valid].mean()) / (weights[valid].std() + 1e-8)
 
@@ -639,19 +643,19 @@ def train(args: Args) -> Agent:
         gradient_variance = policy_gradient(agent, parameters, *episodes, lengths)
         optimizer.step()
         scalars = {
-            "losses/gradient_variance": gradient_variance,
-            "losses/entropy": entropy.mean().item(),
+            "losses/gradient_variance": gradient_variance,  # 0, not NaN, if there is only one episode
+            "losses/entropy": b_entropy.mean().item(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
         }
         if args.weight == "baseline":
             b_returns = torch.as_tensor(returns[valid], device=device)
             scalars["losses/value_loss"] = fit_critic(agent, critic_optimizer, b_obs, b_returns, rng, args)
             scalars["losses/explained_variance"] = explained_variance
-        if args.norm_obs:  # only now: act and log π of these episodes have seen the same statistics
+        if args.norm_obs:  # only now: all above has seen the same statistics
             agent.obs_stats.update(b_obs.flatten(1))
         run.log_rollout(rewards, ended, valid, scalars)
     envs.close()
-    if run.global_step == 0:
+    if run.global_step == 0 and not run.interrupted:
         run.fail("no update: REINFORCE needs whole episodes, and --total-timesteps was spent before they ended")
     run.finish(agent)
     return agent

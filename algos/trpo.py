@@ -8,20 +8,20 @@ L for which the mean KL divergence from the policy that collected the data stays
 where ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t). Close to θ_old, L grows by g·(θ-θ_old) and the KL divergence is
 ½ (θ-θ_old)ᵀ H (θ-θ_old), with the policy gradient g and the Fisher information matrix H. The best step is then along
 the natural gradient x = H⁻¹g, and so long that it just uses up δ. Farther off these are only approximations, so the
-step is cut back until it keeps to the limit:
+step is cut back until it keeps to the limit and improves L:
 
     θ = θ_old + α^j √(2δ / xᵀHx) x   for the first j = 0, 1, 2, … for which KL ≤ δ and L(θ) > L(θ_old)
 
-H is never formed: conjugate gradients solve Hx = g with products Hv = ∇(∇KL·v) alone. Â_t is GAE(λ), as in A2C and PPO;
-the critic is fitted to the returns R̂_t = Â_t + V(s_t) by regression.
+H is never formed: conjugate gradients solve Hx = g with products Hv = ∇(∇KL·v) alone. A little of the identity matrix
+is added to H (damping), which makes the solution stabler and the step shorter. Â_t is GAE(λ), as in A2C and PPO; the
+critic is fitted to the returns R̂_t = Â_t + V(s_t) by regression.
 
 J. Schulman, S. Levine, P. Moritz, M. Jordan, P. Abbeel: Trust Region Policy Optimization, 2015, arXiv:1502.05477.
 GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
 
     python algos/trpo.py --env-id CartPole-v1
     python algos/trpo.py --env-id Pendulum-v1 --total-timesteps 200000 --gamma 0.9
-    python algos/trpo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \
-        --norm-obs --norm-reward
+    python algos/trpo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 1 --num-steps 2048 --norm-obs
 """
 
 import contextlib
@@ -75,11 +75,11 @@ class Args:
     learning_rate: float = 1e-3  # step size of Adam, for the critic; the policy's steps are as long as δ allows
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of GAE: 0 is the one-step TD error, 1 the Monte-Carlo return with bootstrap
-    target_kl: float = 0.01  # δ, which KL(π_old‖π) does not exceed in any update
+    target_kl: float = 0.01  # δ, limit of the mean KL(π_old‖π) over a rollout (unchecked without line search)
     cg_iters: int = 15  # iterations of conjugate gradients
     cg_damping: float = 0.1  # this much of the identity matrix is added to H
     line_search_steps: int = 10  # lengths of the step to try; 0: take the full step unchecked (natural policy gradient)
-    line_search_decay: float = 0.8  # α, each length that is tried over the one before
+    line_search_decay: float = 0.8  # α, each length that is tried is this share of the one before
     critic_updates: int = 10  # epochs of the critic's regression on the returns of each rollout
     num_minibatches: int = 16  # minibatches per epoch of the regression
     norm_adv: bool = True  # standardise the advantages of each rollout
@@ -209,7 +209,8 @@ def numpy_mlp(network: nn.Sequential):
     """
     linear = [layer for layer in network if isinstance(layer, nn.Linear)]
     *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
-    activate = np.tanh if isinstance(network[1 % len(network)], nn.Tanh) else lambda x: np.maximum(x, 0)
+    is_tanh = any(isinstance(layer, nn.Tanh) for layer in network)
+    activate = np.tanh if is_tanh else lambda x: np.maximum(x, 0)
 
     def forward(x: np.ndarray) -> np.ndarray:
         for weight, bias in hidden:
@@ -422,7 +423,7 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
     while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # far from the seeds of the training
+        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # others than the training began with
         totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
         for _ in range(27_000):
             actions = agent.to_env(act(obs.astype(agent.obs_dtype)))
@@ -559,6 +560,8 @@ class Run:
     def finish(self, agent: Agent) -> None:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
+        if self.interrupted:
+            self.stop()
         self.bar.total = self.bar.n  # what is left of the budget is less than an update
         self.bar.close()
         try:
@@ -586,7 +589,7 @@ def mean_kl(agent: Agent, output: torch.Tensor, old_output: torch.Tensor, old_lo
 
 
 def conjugate_gradient(product, b: torch.Tensor, iters: int) -> torch.Tensor:
-    """Solve Hx = b for a symmetric positive definite matrix H that is known by its product v ↦ Hv (Hestenes 1952)."""
+    """Solve Hx = b for a positive definite matrix H that is known by its product v ↦ Hv (Hestenes, Stiefel 1952)."""
     x = torch.zeros_like(b)
     residual = direction = b
     square = b @ b
@@ -608,7 +611,11 @@ def flat(tensors) -> torch.Tensor:
 
 
 def trust_region_step(agent: Agent, parameters: list, obs, actions, advantages, args: Args) -> dict[str, float]:
-    """Move θ, the `parameters` of the policy, by one step as above; returns what there is to log. B transitions."""
+    """Move θ, the policy's `parameters`, by one step on B transitions, as told at the top. Returns what to log."""
+    with torch.no_grad():  # π_old
+        old_output = agent.actor(agent.features(obs))
+        old_log_probs, _ = agent.log_prob(old_output, actions)
+        old_log_std = None if agent.is_discrete else agent.log_std.clone()
 
     def surrogate():
         """L(θ), and the output of the actor."""
@@ -616,12 +623,7 @@ def trust_region_step(agent: Agent, parameters: list, obs, actions, advantages, 
         ratio = (agent.log_prob(output, actions)[0] - old_log_probs).exp()
         return (ratio * advantages).mean(), output
 
-    with torch.no_grad():  # π_old
-        old_output = agent.actor(agent.features(obs))
-        old_log_probs, _ = agent.log_prob(old_output, actions)
-        old_log_std = None if agent.is_discrete else agent.log_std.clone()
-
-    # g = ∇L and, at θ_old where it is 0, ∇KL as a function of θ that can be differentiated again.
+    # g = ∇L, and ∇KL. At θ_old the latter is 0, but not its derivative H: create_graph lets it be differentiated again.
     old_objective, output = surrogate()
     g = flat(torch.autograd.grad(old_objective, parameters, retain_graph=True))
     kl = mean_kl(agent, output, old_output, old_log_std)
@@ -631,7 +633,7 @@ def trust_region_step(agent: Agent, parameters: list, obs, actions, advantages, 
         """Hv = ∇(∇KL·v), with damping."""
         return flat(torch.autograd.grad(kl_gradient @ v, parameters, retain_graph=True)) + args.cg_damping * v
 
-    # The natural gradient x, and the step along it that would use up δ were the KL divergence quadratic.
+    # The natural gradient x, and the step along it that would use up δ were the KL divergence quadratic, H undamped.
     x = conjugate_gradient(fisher_vector_product, g, args.cg_iters)
     Hx = fisher_vector_product(x)
     full_step = (2 * args.target_kl / (x @ Hx).clamp(min=1e-20)).sqrt() * x
@@ -645,13 +647,13 @@ def trust_region_step(agent: Agent, parameters: list, obs, actions, advantages, 
             kl = mean_kl(agent, output, old_output, old_log_std)
             if args.line_search_steps == 0 or (kl <= args.target_kl and objective > old_objective):
                 break
-        else:  # none will do
+        else:  # none of them
             nn.utils.vector_to_parameters(old_theta, parameters)
             objective, kl, j = old_objective, torch.zeros(()), args.line_search_steps
     return {
         "losses/kl": kl.item(),
         "losses/surrogate_improvement": (objective - old_objective).item(),
-        "losses/line_search_steps": j,  # how often the step was cut back; if it was all in vain, --line-search-steps
+        "losses/line_search_steps": j,  # how often the step was cut back; --line-search-steps if no length would do
         "losses/cg_residual": ((g - Hx).norm() / g.norm().clamp(min=1e-20)).item(),
     }
 
@@ -680,6 +682,7 @@ def train(args: Args) -> Agent:
     # shared: end
 
     run = Run(args, rng, agent=agent, critic_optimizer=critic_optimizer)
+    critic_optimizer.param_groups[0]["lr"] = args.learning_rate  # not that of a resumed optimizer
     obs[T], _ = envs.reset(seed=args.seed + run.global_step)
     while run.global_step + T * N <= args.total_timesteps:
         # shared: rollout
@@ -697,7 +700,7 @@ def train(args: Args) -> Agent:
 
         # V(s_t) of the whole rollout in one batch; from it the targets Â_t and R̂_t.
         with torch.no_grad():
-            _, entropy, b_values = agent.evaluate_actions(b_obs, b_actions)
+            _, b_entropy, b_values = agent.evaluate_actions(b_obs, b_actions)
         # shared: targets
         values, scaled = b_values.numpy(force=True).reshape(T + 1, N), rewards
         if args.norm_reward:
@@ -716,14 +719,13 @@ def train(args: Args) -> Agent:
         rows = torch.as_tensor(np.flatnonzero(valid), device=device)
         b_obs, b_actions = b_obs[rows], b_actions[rows]
         scalars = trust_region_step(agent, parameters, b_obs, b_actions, b_advantages, args)
-        critic_optimizer.param_groups[0]["lr"] = args.learning_rate  # not that of a resumed optimizer
         value_loss = fit_critic(agent, critic_optimizer, b_obs, b_returns, rng, args)
-        if args.norm_obs:  # only now: act, π_old and every ρ of this rollout have seen the same statistics
+        if args.norm_obs:  # only now: all above has seen the same statistics; δ does not limit what this changes
             agent.obs_stats.update(b_obs.flatten(1))
 
         scalars |= {
             "losses/value_loss": value_loss,
-            "losses/entropy": entropy[rows].mean().item(),
+            "losses/entropy": b_entropy[rows].mean().item(),
             "losses/explained_variance": explained_variance,
             "charts/learning_rate": args.learning_rate,
         }
