@@ -24,10 +24,10 @@ A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, ar
 
     python algos/dqn.py --env-id CartPole-v1
     python algos/dqn.py --env-id CliffWalking-v1 --hidden-sizes --learning-rate 0.1 --total-timesteps 10000 \
-        --train-frequency 2 --target-network-frequency 50
+        --train-frequency 2 --target-network-frequency 50 --tau 1
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 4 --buffer-size 1000000 \
         --learning-starts 80000 --train-frequency 4 --batch-size 32 --hidden-sizes 512 --learning-rate 1e-4 \
-        --target-network-frequency 1000 --exploration-fraction 0.1 --end-e 0.01
+        --target-network-frequency 1000 --tau 1 --exploration-fraction 0.1 --end-e 0.01
 """
 
 import contextlib
@@ -81,13 +81,13 @@ class Args:
     hidden_sizes: tuple[int, ...] = (120, 84)  # widths of the hidden layers of Q; none: linear
     learning_rate: float = 1e-3  # step size of Adam
     gamma: float = 0.99  # discount γ
-    buffer_size: int = 50_000  # the replay buffer keeps the last transitions, about this many
+    buffer_size: int = 100_000  # the replay buffer keeps the last transitions, about this many
     batch_size: int = 128  # transitions of a gradient step
     learning_starts: int = 1000  # steps before learning; again after a resume, for the buffer, which is not saved
     train_frequency: int = 4  # environment steps between updates of Q, rounded to whole steps of all environments
     gradient_steps: int = 1  # gradient steps of each update
-    target_network_frequency: int = 500  # environment steps between updates of Q_targ
-    tau: float = 1.0  # τ, Q_targ ← τ Q + (1-τ) Q_targ: 1 copies
+    target_network_frequency: int = 20  # environment steps between updates of Q_targ
+    tau: float = 0.05  # τ, Q_targ ← τ Q + (1-τ) Q_targ: 1 copies
     start_e: float = 1.0  # ε at the start
     end_e: float = 0.05  # ε at the end
     exploration_fraction: float = 0.2  # share of the training in which ε falls from the one to the other
