@@ -23,8 +23,8 @@ V. Mnih et al.: Human-level control through deep reinforcement learning, Nature 
 A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, arXiv:1509.06461.
 
     python algos/dqn.py --env-id CartPole-v1
-    python algos/dqn.py --env-id CliffWalking-v1 --hidden-sizes --learning-rate 0.1 --total-timesteps 10000 \
-        --train-frequency 2 --target-network-frequency 50 --tau 1
+    python algos/dqn.py --env-id CliffWalking-v1 --hidden-sizes --learning-rate 0.1 --total-timesteps 20000 \
+        --train-frequency 2 --target-network-frequency 50 --tau 1 --exploration-fraction 0.5
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 4 --buffer-size 1000000 \
         --learning-starts 80000 --train-frequency 4 --batch-size 32 --hidden-sizes 512 --learning-rate 1e-4 \
         --target-network-frequency 1000 --tau 1 --exploration-fraction 0.1 --end-e 0.01

@@ -365,7 +365,7 @@ def test_a_time_limit_takes_nothing_from_the_value_of_staying_alive(double_q, tm
 def test_a_table_learns_the_shortest_way_over_the_lake_from_random_steps(double_q, tmp_path, capsys):
     args = dict(hidden_sizes=(), learning_rate=0.01, gamma=0.8, start_e=1, end_e=1, num_envs=8, buffer_size=5000)
     args |= dict(train_frequency=8, gradient_steps=8, batch_size=64, learning_starts=1000, target_network_frequency=48)
-    args |= dict(total_timesteps=3000, eval_episodes=1, double_q=double_q)
+    args |= dict(total_timesteps=3000, tau=1, eval_episodes=1, double_q=double_q)
     agent = train(dqn, "tests.tiny_control:DryLake-v0", tmp_path, **args)
     assert mean_return(capsys) == 1.0
     assert len(list(agent.parameters())) == 2
