@@ -158,7 +158,8 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
     """
     atari = args.env_id.split(":")[-1].startswith("ALE/")
     env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id
-    options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else None}
+    mode = "sync" if num_envs == 1 and not atari else None  # one alone is faster than a vector implementation of one
+    options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else mode}
     if video_folder:
         wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda _: True)]
         if atari:  # what ale-py's vector environment, which cannot render, does in C++ (but for its fire-reset)
@@ -324,17 +325,18 @@ class ReplayBuffer:
 
     def store(self, obs: np.ndarray) -> None:
         """Put in the environments' observations, shape (N, *obs_shape)."""
-        obs, envs = obs.reshape(self.last_obs.shape), np.arange(self.num_envs)
+        obs = obs.reshape(self.num_envs, self.stack, *self.frames.shape[1:])
         if self.stack > 1:
             changed = np.flatnonzero((obs[:, :-1] != self.last_obs[:, 1:]).any(axis=(1, 2, 3)))
+            self.last_obs[:] = obs
         for k in range(self.stack):  # the older frames only where they are not those of the observation before
-            n = changed if k < self.stack - 1 else envs
+            n = changed if k < self.stack - 1 else slice(None)
             self.place[n] = place = (self.place[n] + self.num_envs) % self.places
             self.frames[place] = obs[n, k]
             for later in range(self.stack):  # these contained the frame that was here
                 self.valid[(place + later * self.num_envs) % self.places] = False
-            self.used = max(self.used, place.max(initial=-1) + 1)
-        self.last_obs[:] = obs
+            if self.used < self.places:
+                self.used = max(self.used, place.max(initial=-1) + 1)
 
     def add(self, actions, rewards, terminated, next_obs, valid) -> None:
         """Put in the transitions from the observations that were stored last. All of shape (N, ...)."""
@@ -577,7 +579,7 @@ def train(args: Args) -> Agent:
         explore, random_actions = rng.random((T, N)) < epsilon[:, None], rng.integers(agent.num_actions, size=(T, N))
         act = agent.policy()
         for t in range(T):
-            actions = np.where(explore[t], random_actions[t], act(obs))
+            actions = random_actions[t] if explore[t].all() else np.where(explore[t], random_actions[t], act(obs))
             obs, rewards[t], terminated, truncated, _ = envs.step(agent.to_env(actions))
             obs = obs.astype(agent.obs_dtype, copy=False)
             valid[t] = ~ended[t - 1]  # row -1 is still the last of the steps before

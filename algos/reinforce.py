@@ -141,7 +141,8 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
     """
     atari = args.env_id.split(":")[-1].startswith("ALE/")
     env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id
-    options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else None}
+    mode = "sync" if num_envs == 1 and not atari else None  # one alone is faster than a vector implementation of one
+    options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else mode}
     if video_folder:
         wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda _: True)]
         if atari:  # what ale-py's vector environment, which cannot render, does in C++ (but for its fire-reset)
