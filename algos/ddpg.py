@@ -319,8 +319,8 @@ class ReplayBuffer:
         for k in range(self.stack):  # the older frames only where they are not those of the observation before
             n = changed if k < self.stack - 1 else slice(None)
             self.place[n] = place = (self.place[n] + self.num_envs) % self.places
-            self.frames[place] = obs[n, k]
-            for later in range(self.stack):  # these contained the frame that was here
+            self.frames[place], self.valid[place] = obs[n, k], False
+            for later in range(1, self.stack):  # these, too, contained the frame that was here
                 self.valid[(place + later * self.num_envs) % self.places] = False
             if self.used < self.places:
                 self.used = max(self.used, place.max(initial=-1) + 1)
