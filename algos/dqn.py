@@ -158,8 +158,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
     """
     atari = args.env_id.split(":")[-1].startswith("ALE/")
     env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id
-    mode = "sync" if num_envs == 1 and not atari else None  # one alone is faster than a vector implementation of one
-    options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else mode}
+    options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else None}
     if video_folder:
         wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda _: True)]
         if atari:  # what ale-py's vector environment, which cannot render, does in C++ (but for its fire-reset)
@@ -173,6 +172,11 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
     try:
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an environment's older version
+            module, _, name = env_id.rpartition(":")
+            if module:
+                importlib.import_module(module)
+            if num_envs == 1 and not atari and name in gym.registry and gym.registry[name].entry_point:
+                options["vectorization_mode"] = "sync"  # one alone is faster than a vector implementation with one
             envs = gym.make_vec(env_id, num_envs, **options)
         if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
             raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")

@@ -152,7 +152,7 @@ BAD = [  # flags, words of the sentence
     ("--env-id tests.odd_envs:Nope-v0", ["Nope"]),
     ("--env-id ''", ["environment"]),
     ("--env-id 'Cart Pole'", ["Cart Pole"]),
-    ("--env-id tests.odd_envs:SameStep-v0", ["next step"]),
+    ("--num-envs 2 --env-id tests.odd_envs:SameStep-v0", ["next step"]),
     *[(f"--env-id tests.odd_envs:Observe{name}-v0", ["observations"]) for name in UNFIT_OBSERVATIONS],
     *[(f"--env-id tests.odd_envs:Act{name}-v0", ["takes", "actions", f"{name}("]) for name in UNFIT_ACTIONS[:2]],
     ("--env-id tests.odd_envs:ActIntBox-v0", ["takes", "actions", "int64"]),
