@@ -15,7 +15,7 @@ arXiv:1707.06347. Â_t is GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan,
 
     python algos/ppo.py --env-id CartPole-v1
     python algos/ppo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \
-        --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward
+        --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 --log-std-init -2 --norm-obs --norm-reward
     python algos/ppo.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --num-steps 128 \
         --update-epochs 4 --learning-rate 2.5e-4 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.01 --hidden-sizes 512
 """
@@ -68,6 +68,7 @@ class Args:
     num_envs: int = 32  # N parallel environments
     num_steps: int = 32  # T steps of each environment per rollout
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic; none: linear
+    log_std_init: float = 0.0  # initial log σ of the Gaussian policy; 0: σ is half the range of each action
     learning_rate: float = 2e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the training
     gamma: float = 0.98  # discount γ
@@ -92,6 +93,7 @@ class Args:
             ("num_steps", 2, 1e6),
             ("learning_rate max_grad_norm clip_coef target_kl", 1e-9, 1e9),
             ("gamma gae_lambda", 0, 1),
+            ("log_std_init", -10, 2),
             ("ent_coef vf_coef eval_episodes seed", 0, 1e9),
         )
         # shared: validation
@@ -273,7 +275,7 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("count", torch.tensor(1e-4))
+        self.register_buffer("count", torch.tensor(0.0))
 
     def update(self, rows: torch.Tensor) -> None:
         """Take in `rows`, shape (B, *shape)."""
@@ -307,7 +309,7 @@ class Agent(nn.Module):
             self.to_env = lambda actions: actions + action_space.start  # to elements of the environment's space
         else:
             self.to_env = BoxScale(action_space)
-            self.log_std = nn.Parameter(torch.zeros(self.num_actions))
+            self.log_std = nn.Parameter(torch.full((self.num_actions,), args.log_std_init))
 
         self.is_image = is_image(obs_space)
         self.obs_dtype = np.uint8 if self.is_image else np.float32
@@ -409,7 +411,7 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
     while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # others than the training began with
+        obs, _ = envs.reset(seed=args.seed + 10**7 + len(returns))  # others than those of the training
         totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
         for _ in range(27_000):
             actions = agent.to_env(act(obs.astype(agent.obs_dtype)))

@@ -70,6 +70,7 @@ class Args:
     total_timesteps: int = 400_000  # environment steps to train for, all environments together
     num_envs: int = 16  # N parallel environments, each of which plays one whole episode per update
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic; none: linear
+    log_std_init: float = 0.0  # initial log σ of the Gaussian policy; 0: σ is half the range of each action
     weight: Literal["total-return", "reward-to-go", "baseline"] = "baseline"  # Φ, the weight of ∇ log π
     norm_weight: bool = False  # standardise Φ over each update: helps all three on CartPole, but biases g a little
     learning_rate: float = 5e-3  # step size of Adam, for the policy and for V
@@ -86,6 +87,7 @@ class Args:
             ("num_envs num_minibatches critic_updates hidden_sizes", 1, 1e4),
             ("learning_rate", 1e-9, 1e9),
             ("gamma", 0, 1),
+            ("log_std_init", -10, 2),
             ("eval_episodes seed", 0, 1e9),
         )
         # shared: validation
@@ -265,7 +267,7 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("count", torch.tensor(1e-4))
+        self.register_buffer("count", torch.tensor(0.0))
 
     def update(self, rows: torch.Tensor) -> None:
         """Take in `rows`, shape (B, *shape)."""
@@ -299,7 +301,7 @@ class Agent(nn.Module):
             self.to_env = lambda actions: actions + action_space.start  # to elements of the environment's space
         else:
             self.to_env = BoxScale(action_space)
-            self.log_std = nn.Parameter(torch.zeros(self.num_actions))
+            self.log_std = nn.Parameter(torch.full((self.num_actions,), args.log_std_init))
 
         self.is_image = is_image(obs_space)
         self.obs_dtype = np.uint8 if self.is_image else np.float32
@@ -403,7 +405,7 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
     while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # others than the training began with
+        obs, _ = envs.reset(seed=args.seed + 10**7 + len(returns))  # others than those of the training
         totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
         for _ in range(27_000):
             actions = agent.to_env(act(obs.astype(agent.obs_dtype)))

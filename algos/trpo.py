@@ -21,7 +21,8 @@ GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:15
 
     python algos/trpo.py --env-id CartPole-v1
     python algos/trpo.py --env-id Pendulum-v1 --total-timesteps 200000 --gamma 0.9
-    python algos/trpo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 1 --num-steps 2048 --norm-obs
+    python algos/trpo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \
+        --gamma 0.98 --gae-lambda 0.92 --target-kl 0.02 --log-std-init -1 --norm-obs --norm-reward
 """
 
 import contextlib
@@ -72,6 +73,7 @@ class Args:
     num_envs: int = 8  # N parallel environments
     num_steps: int = 128  # T steps of each environment per rollout
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic; none: linear
+    log_std_init: float = 0.0  # initial log σ of the Gaussian policy; 0: σ is half the range of each action
     learning_rate: float = 1e-3  # step size of Adam, for the critic; the policy's steps are as long as δ allows
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of GAE: 0 is the one-step TD error, 1 the Monte-Carlo return with bootstrap
@@ -94,6 +96,7 @@ class Args:
             ("learning_rate target_kl", 1e-9, 1e9),
             ("line_search_decay", 1e-9, 1),
             ("gamma gae_lambda", 0, 1),
+            ("log_std_init", -10, 2),
             ("line_search_steps", 0, 1e4),
             ("cg_damping eval_episodes seed", 0, 1e9),
         )
@@ -274,7 +277,7 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("count", torch.tensor(1e-4))
+        self.register_buffer("count", torch.tensor(0.0))
 
     def update(self, rows: torch.Tensor) -> None:
         """Take in `rows`, shape (B, *shape)."""
@@ -308,7 +311,7 @@ class Agent(nn.Module):
             self.to_env = lambda actions: actions + action_space.start  # to elements of the environment's space
         else:
             self.to_env = BoxScale(action_space)
-            self.log_std = nn.Parameter(torch.zeros(self.num_actions))
+            self.log_std = nn.Parameter(torch.full((self.num_actions,), args.log_std_init))
 
         self.is_image = is_image(obs_space)
         self.obs_dtype = np.uint8 if self.is_image else np.float32
@@ -428,7 +431,7 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
     while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=args.seed + 10**6 + len(returns))  # others than the training began with
+        obs, _ = envs.reset(seed=args.seed + 10**7 + len(returns))  # others than those of the training
         totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
         for _ in range(27_000):
             actions = agent.to_env(act(obs.astype(agent.obs_dtype)))

@@ -1,0 +1,146 @@
+#!/usr/bin/env bash
+# Reproduces every number and curve of the README: trains each algorithm on its environments with several seeds, then
+# writes tables and pictures.
+#
+#   ./benchmark.sh                                     everything
+#   ./benchmark.sh --dry-run                           only print the commands
+#   ALGOS="ppo trpo" ENVS=Hopper-v5 ./benchmark.sh     a part; the rest of the tables stays as it is
+#   SEEDS=1 SCALE=0.1 RESULTS=/tmp ./benchmark.sh      a quick look: one seed, a tenth of the steps
+#
+# SEEDS    number of seeds (3)                     ALGOS, ENVS   what to run (all)
+# JOBS     runs side by side (the cores)           RUNS          folder of the runs (runs/benchmark)
+# SCALE    factor on the steps (1)                 RESULTS       folder of the tables and pictures (benchmark)
+#
+# After Ctrl-C or a power cut start it again: finished runs are skipped, cut ones resumed, and those whose settings here
+# have changed start anew.
+set -euo pipefail
+cd "$(dirname "$0")"
+SEEDS=${SEEDS:-3} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)} SCALE=${SCALE:-1} ALGOS=${ALGOS:-} ENVS=${ENVS:-}
+RUNS=${RUNS:-runs/benchmark} RESULTS=${RESULTS:-benchmark}
+export OMP_NUM_THREADS=1  # several runs side by side are faster so
+export TQDM_MININTERVAL=10 # seconds between two lines of progress in the logs
+
+experiments() { # algorithm, environment, steps, settings that differ from the algorithm's defaults
+  # what most MuJoCo settings below begin with; the standard deviation of the policy at the start matters most
+  local rollout="--num-envs 1 --num-steps 2048 --norm-obs --norm-reward" lander="--num-envs 16 --num-steps 1024"
+
+  experiment reinforce CartPole-v1 400000
+  experiment reinforce CartPole-v1 400000 --exp-name reinforce-reward-to-go --weight reward-to-go
+  experiment reinforce CartPole-v1 400000 --exp-name reinforce-total-return --weight total-return
+  experiment a2c  CartPole-v1 200000
+  experiment ppo  CartPole-v1 60000
+  experiment trpo CartPole-v1 100000
+  experiment dqn  CartPole-v1 100000
+
+  experiment reinforce Acrobot-v1 500000
+  experiment a2c  Acrobot-v1 500000 --norm-obs
+  experiment ppo  Acrobot-v1 500000 --norm-obs
+  experiment trpo Acrobot-v1 300000
+  experiment dqn  Acrobot-v1 100000
+
+  experiment reinforce LunarLander-v3 1500000 --norm-weight --norm-obs --norm-reward
+  experiment a2c  LunarLander-v3 1000000 --num-steps 8 --learning-rate 1e-3 --gamma 0.995 --ent-coef 1e-3 --norm-obs --norm-reward
+  experiment ppo  LunarLander-v3 1000000 $lander --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
+  experiment trpo LunarLander-v3 1000000 --num-steps 512 --gae-lambda 0.98 --norm-obs --norm-reward
+  experiment dqn  LunarLander-v3 300000 --hidden-sizes 256 256 --learning-rate 6e-4 --exploration-fraction 0.15 --buffer-size 300000
+
+  experiment a2c  Pendulum-v1 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.9 --gae-lambda 0.9 --norm-obs --norm-reward
+  experiment ppo  Pendulum-v1 100000 --num-envs 4 --num-steps 1024 --num-minibatches 64 --learning-rate 1e-3 --no-anneal-lr --gamma 0.9 --gae-lambda 0.95
+  experiment trpo Pendulum-v1 200000 --num-envs 4 --num-steps 512 --gamma 0.9 --critic-updates 15
+  experiment ddpg Pendulum-v1 20000
+
+  experiment reinforce LunarLanderContinuous-v3 1500000 --norm-weight --norm-obs --norm-reward
+  experiment a2c  LunarLanderContinuous-v3 1000000 --num-steps 8 --learning-rate 1e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward
+  experiment ppo  LunarLanderContinuous-v3 1000000 $lander --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
+  experiment trpo LunarLanderContinuous-v3 1000000 --num-steps 512 --gae-lambda 0.98 --norm-obs --norm-reward
+  experiment ddpg LunarLanderContinuous-v3 200000 --gamma 0.99 --hidden-sizes 128 128 --batch-size 128
+
+  experiment a2c  HalfCheetah-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gae-lambda 0.9 --norm-obs --norm-reward --log-std-init -1
+  experiment ppo  HalfCheetah-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 --log-std-init -2
+  experiment trpo HalfCheetah-v5 1000000 $rollout --gamma 0.98 --gae-lambda 0.92 --target-kl 0.02 --log-std-init -1
+  experiment ddpg HalfCheetah-v5 300000 --gamma 0.99 --learning-starts 10000
+
+  experiment a2c  Hopper-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.99 --gae-lambda 0.9 --norm-obs --norm-reward
+  experiment ppo  Hopper-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95
+  experiment trpo Hopper-v5 1000000 $rollout --gae-lambda 0.97 --target-kl 0.02
+  experiment ddpg Hopper-v5 300000 --gamma 0.99 --learning-starts 10000
+
+  experiment a2c  Walker2d-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.99 --gae-lambda 0.9 --norm-obs --norm-reward
+  experiment ppo  Walker2d-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95
+  experiment trpo Walker2d-v5 1000000 $rollout --gae-lambda 0.97 --target-kl 0.02
+  experiment ddpg Walker2d-v5 300000 --gamma 0.99 --learning-starts 10000
+}
+
+names=() commands=()
+experiment() {
+  local algo=$1 env=$2 steps exp_name=$1 seed
+  [[ " ${ALGOS:-$algo} " == *" $algo "* && " ${ENVS:-$env} " == *" $env "* ]] || return 0
+  steps=$(awk "BEGIN { printf \"%d\", $3 * $SCALE }")
+  shift 3
+  [[ ${1:-} == --exp-name ]] && exp_name=$2
+  for ((seed = 1; seed <= SEEDS; seed++)); do
+    names+=("${env}__${exp_name}__$seed")
+    commands+=("python algos/$algo.py --env-id $env --total-timesteps $steps${*:+ $*} --seed $seed --eval-episodes 30")
+  done
+}
+
+is_of() { [[ -f $RUNS/$1/log.txt && $(head -n 1 "$RUNS/$1/log.txt") == *" $2" ]]; } # name, command
+finished() { is_of "$1" "$2" && [[ $(tail -n 1 "$RUNS/$1/log.txt") == eval:* ]]; }
+
+train() { # name, command
+  local folder=$RUNS/$1 checkpoint
+  checkpoint=$(ls "$folder"/*/checkpoint.pt 2>/dev/null || true)
+  if [[ $checkpoint ]] && is_of "$1" "$2"; then
+    ${2%% --env-id*} --resume "$checkpoint" >>"$folder/log.txt" 2>&1 || true
+  else
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    echo "$commit $2" >"$folder/log.txt"
+    $2 --log-dir "$folder" >>"$folder/log.txt" 2>&1 || true
+  fi
+  echo "        $1 $(tail -n 1 "$folder/log.txt" | sed 's/ checkpoint=.*//')"
+}
+
+stop() {
+  trap '' INT TERM
+  echo "stopping: every run writes a checkpoint; start $0 again to go on"
+  for group in $(jobs -rp); do kill -INT -- "-$group"; done
+  wait
+  exit 130
+}
+
+experiments
+if [[ ${#names[@]} == 0 ]]; then
+  echo "error: no experiment with ALGOS=\"$ALGOS\" ENVS=\"$ENVS\"" >&2
+  exit 2
+fi
+if [[ ${1:-} == --dry-run ]]; then
+  printf '%s\n' "${commands[@]}"
+  exit
+elif [[ $# != 0 ]]; then
+  echo "error: unknown argument $1 (see the top of $0)" >&2
+  exit 2
+fi
+
+commit=$(git log -1 --format=%h -- algos benchmark.sh 2>/dev/null || echo unknown)
+git diff --quiet HEAD -- algos benchmark.sh 2>/dev/null || commit+=+ # uncommitted changes
+set -m # each run is a process group, so that a Ctrl-C reaches it once, from `stop`
+trap stop INT TERM
+for i in "${!names[@]}"; do
+  finished "${names[i]}" "${commands[i]}" && continue
+  while (($(jobs -rp | wc -l) >= JOBS)); do sleep 1; done
+  echo "[$((i + 1))/${#names[@]}] ${names[i]}"
+  train "${names[i]}" "${commands[i]}" &
+done
+while (($(jobs -rp | wc -l))); do sleep 1; done
+
+failed=()
+for i in "${!names[@]}"; do
+  finished "${names[i]}" "${commands[i]}" || failed+=("${names[i]}")
+done
+((${#failed[@]} == ${#names[@]})) || python benchmark/report.py "$RUNS" "$RESULTS"
+if ((${#failed[@]})); then
+  echo "error: ${#failed[@]} of ${#names[@]} runs failed; the end of their logs:" >&2
+  for name in "${failed[@]}"; do echo "$RUNS/$name/log.txt: $(tail -n 1 "$RUNS/$name/log.txt")" >&2; done
+  exit 1
+fi
