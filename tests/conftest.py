@@ -23,6 +23,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks gain nothing from threads; read when torch is imported
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +105,12 @@ class Result:
         assert self.status == 0, self.err
         assert re.fullmatch(EVAL_LINE, self.out.splitlines()[-1]), self.out
         return self
+
+
+def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The points (step, value) of each tag of a run's folder."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def run_script(path: Path, flags: str, cwd: Path, timeout: float = 60, env: dict | None = None) -> Result:

@@ -34,11 +34,6 @@ def resume(module, env: str, log_dir: Path, **args):
     return train(module, env, log_dir, resume=str(folder / "checkpoint.pt"), **args)
 
 
-def mean_return(capsys) -> float:
-    """That of the evaluation, from the last line."""
-    return float(capsys.readouterr().out.splitlines()[-1].split("mean_return=")[1].split()[0])
-
-
 def forward(parameters, x: torch.Tensor) -> torch.Tensor:
     """A network of linear layers with ReLU between them, from its weights and biases in turn."""
     *hidden, weight, bias = parameters

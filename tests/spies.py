@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import read_events
 from gymnasium import spaces
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from algos import a2c, ppo, reinforce, trpo
 from tests.tiny_envs import Trace
@@ -37,6 +37,21 @@ def flat(tensors) -> torch.Tensor:
 
 def policy_of(agent) -> list[torch.nn.Parameter]:
     return [x for name, x in agent.named_parameters() if not name.startswith("critic")]
+
+
+def shake(parameters, scale: float) -> None:
+    """Add to each parameter normal noise of that deviation."""
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(scale * torch.randn_like(parameter))
+
+
+def distribution(agent, features) -> torch.distributions.Distribution:
+    """π(·|s) as torch has it, from what the actor gets: `agent.features(obs)`, or plain vectors as they are."""
+    output = agent.actor(features)
+    if agent.is_discrete:
+        return torch.distributions.Categorical(logits=output)
+    return torch.distributions.Independent(torch.distributions.Normal(output, agent.log_std.exp()), 1)
 
 
 def make_agent(obs_space=VECTOR, action_space=TWO_ACTIONS, scale=1.0, module=ppo, **args):
@@ -67,8 +82,27 @@ def train(module, env: str, log_dir: Path, **args):
 def scalars(log_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """The points (x, y) of each tag of the only run in that folder."""
     (folder,) = log_dir.iterdir()
-    events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return read_events(folder)
+
+
+def check_losses(logged: dict, i: int, step: int, expected: dict[str, float]) -> None:
+    """Assert that point i of each of these losses is at that step and has that value."""
+    for name, y in expected.items():
+        assert logged[f"losses/{name}"][i] == (step, pytest.approx(float(y), rel=1e-3, abs=1e-6)), name
+
+
+def mean_return(capsys) -> float:
+    """That of the evaluation, from the last line."""
+    return float(capsys.readouterr().out.splitlines()[-1].split("mean_return=")[1].split()[0])
+
+
+def check_clipping(steps: list, records: list, max_grad_norm: float, clipped: bool) -> None:
+    """Assert that each optimizer step took its record's gradient, clipped to the norm; whether all were or none."""
+    for record, step in zip(records, steps, strict=True):
+        norm = record.gradient.norm()
+        assert (norm > max_grad_norm) == clipped
+        expected = record.gradient * min(1.0, max_grad_norm / norm)
+        torch.testing.assert_close(step.gradient, expected, rtol=1e-3, atol=1e-7)
 
 
 # ---- what Trace logged
@@ -189,9 +223,23 @@ def watch_a2c(patch):
     return passes
 
 
+def spy_on_fit_critic(module, passes: list[SimpleNamespace], patch) -> None:
+    """Add to the last pass the returns, the loss, and the agent before and after the regression of its critic."""
+    original = module.fit_critic
+
+    def spy(agent, optimizer, obs, returns, rng, args):
+        record = passes[-1]
+        assert torch.equal(obs, record.obs)
+        record.returns, record.agent_before_fit = returns.clone(), copy.deepcopy(agent)
+        record.value_loss = original(agent, optimizer, obs, returns, rng, args)
+        record.agent_after_fit = copy.deepcopy(agent)
+        return record.value_loss
+
+    patch.setattr(module, "fit_critic", spy)
+
+
 def watch_reinforce(patch):
-    passes = []
-    policy_gradient, fit_critic = reinforce.policy_gradient, reinforce.fit_critic
+    passes, policy_gradient = [], reinforce.policy_gradient
 
     def spy_on_gradient(agent, parameters, obs, actions, weights, lengths):
         assert not weights.requires_grad, "weights are constants"
@@ -203,21 +251,13 @@ def watch_reinforce(patch):
         passes.append(record)
         return record.variance
 
-    def spy_on_fit(agent, optimizer, obs, returns, rng, args):
-        record = passes[-1]
-        assert torch.equal(obs, record.obs)
-        record.returns, record.agent_before_fit = returns.clone(), copy.deepcopy(agent)
-        record.value_loss = fit_critic(agent, optimizer, obs, returns, rng, args)
-        return record.value_loss
-
     patch.setattr(reinforce, "policy_gradient", spy_on_gradient)
-    patch.setattr(reinforce, "fit_critic", spy_on_fit)
+    spy_on_fit_critic(reinforce, passes, patch)
     return passes
 
 
 def watch_trpo(patch):
-    passes = []
-    step, fit_critic = trpo.trust_region_step, trpo.fit_critic
+    passes, step = [], trpo.trust_region_step
 
     def spy_on_step(agent, parameters, obs, actions, advantages, args):
         record = SimpleNamespace(agent=copy.deepcopy(agent))
@@ -227,16 +267,8 @@ def watch_trpo(patch):
         passes.append(record)
         return dict(record.scalars)
 
-    def spy_on_fit(agent, optimizer, obs, returns, rng, args):
-        record = passes[-1]
-        assert torch.equal(obs, record.obs)
-        record.returns = returns.clone()
-        record.value_loss = fit_critic(agent, optimizer, obs, returns, rng, args)
-        record.agent_after_fit = copy.deepcopy(agent)
-        return record.value_loss
-
     patch.setattr(trpo, "trust_region_step", spy_on_step)
-    patch.setattr(trpo, "fit_critic", spy_on_fit)
+    spy_on_fit_critic(trpo, passes, patch)
     return passes
 
 

@@ -19,11 +19,14 @@ from torch import nn
 from algos import a2c, ppo, reinforce, trpo
 from tests.spies import (
     VECTOR,
+    distribution,
     each,
     keys,
     make_agent,
+    mean_return,
     played,
     scalars,
+    shake,
     spy_on_optimizers,
     train,
     value_of,
@@ -107,11 +110,7 @@ def test_running_mean_and_variance_are_those_of_all_rows():
 def test_log_probs_and_entropy_are_those_of_torch_distributions(action_space):
     agent = make_agent(action_space=action_space)
     obs = torch.randn(64, 3)
-    output = agent.actor(obs)
-    if agent.is_discrete:
-        policy = torch.distributions.Categorical(logits=output)
-    else:
-        policy = torch.distributions.Independent(torch.distributions.Normal(output, agent.log_std.exp()), 1)
+    policy = distribution(agent, obs)
     actions = policy.sample() if agent.is_discrete else 3 * policy.sample()  # far out of the bounds, too
     log_probs, entropy, values = agent.evaluate_actions(obs, actions)
     torch.testing.assert_close(log_probs, policy.log_prob(actions))
@@ -153,11 +152,9 @@ def test_the_policy_acts_with_the_network_as_it_is(obs_space, hidden_sizes, norm
     args = ppo.Args(hidden_sizes=hidden_sizes, norm_obs=norm_obs)
     agent = ppo.Agent(obs_space, spaces.Box(-1, 1, (2,)), args)
     for _ in range(2):
-        with torch.no_grad():
-            for parameter in agent.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            if norm_obs:
-                agent.obs_stats.update(100 * torch.randn(20, int(np.prod(obs_space.shape))) + 50)
+        shake(agent.parameters(), 0.3)
+        if norm_obs:
+            agent.obs_stats.update(100 * torch.randn(20, int(np.prod(obs_space.shape))) + 50)
         obs = np.stack([obs_space.sample() for _ in range(6)])
         obs = obs if obs_space.dtype == np.uint8 else 300 * obs.astype(np.float32)
         expected = agent.actor(agent.features(torch.as_tensor(obs))).detach().numpy()
@@ -522,7 +519,7 @@ def test_evaluation_plays_whole_episodes_of_the_mode_whichever_ends_first(env, e
     expected, actions = [], Counter()
     for episode in range(episodes):
         single = gym.make("tests.tiny_envs:Trace-v0")
-        obs, _ = single.reset(seed=3 + 10**6 + episode)
+        obs, _ = single.reset(seed=3 + 10**7 + episode)
         episodic_return, done = 0.0, False
         while not done:
             action = agent.actor(agent.features(torch.as_tensor(obs)[None])).argmax().item()
@@ -567,8 +564,7 @@ TARGETS = {
 def learn(module, env: str, log_dir: Path, capsys, **args) -> tuple[nn.Module, float]:
     """A trained agent, and its mean return over 32 evaluation episodes."""
     agent = train(module, env, log_dir, **LEARNING[module] | dict(eval_episodes=32) | args)
-    line = capsys.readouterr().out.splitlines()[-1]
-    return agent, float(line.split("mean_return=")[1].split()[0])
+    return agent, mean_return(capsys)
 
 
 @each(a2c, ppo, reinforce, trpo)
@@ -580,23 +576,23 @@ def test_learns_which_action_pays(module, env, tmp_path, capsys):
 
 @each(a2c, ppo, reinforce, trpo)
 def test_learns_that_a_later_reward_is_worth_more_than_one_at_once(module, tmp_path, capsys):
-    agent, mean_return = learn(module, "Delay-v0", tmp_path, capsys, total_timesteps=5120, gamma=0.9)
-    assert mean_return == 1.0
+    agent, score = learn(module, "Delay-v0", tmp_path, capsys, total_timesteps=5120, gamma=0.9)
+    assert score == 1.0
     after_right_choice = torch.cat([torch.eye(4), torch.ones(4, 1)], 1)[1:].numpy()
     assert value_of(agent, after_right_choice) == pytest.approx([0.81, 0.9, 1.0], abs=0.05)
 
 
 @each(a2c, ppo, trpo)
 def test_a_time_limit_takes_nothing_from_the_value_of_staying_alive(module, tmp_path, capsys):
-    agent, mean_return = learn(module, "Alive-v0", tmp_path, capsys, total_timesteps=8000, gamma=0.9)
-    assert mean_return == 10  # the time limit
+    agent, score = learn(module, "Alive-v0", tmp_path, capsys, total_timesteps=8000, gamma=0.9)
+    assert score == 10  # the time limit
     # Taken as an end, the limit would make the mean value of the ten steps 4.1. TRPO's policy still errs now and then.
     assert value_of(agent, np.eye(2)) == pytest.approx([10, 10], abs=2.0 if module is trpo else 0.3)
 
 
 def test_reinforce_counts_what_is_paid_within_the_time_limit(tmp_path, capsys):
-    agent, mean_return = learn(reinforce, "Alive-v0", tmp_path, capsys, total_timesteps=5120, gamma=0.9)
-    assert mean_return == 10
+    agent, score = learn(reinforce, "Alive-v0", tmp_path, capsys, total_timesteps=5120, gamma=0.9)
+    assert score == 10
     assert value_of(agent, np.eye(2)) == pytest.approx([4.1, 4.1], abs=0.6)  # the mean over the ten steps
 
 

@@ -9,30 +9,16 @@ import torch
 from gymnasium import spaces
 
 from algos import ddpg
-from tests.replay_spies import (
-    check_adam,
-    check_transitions,
-    copies,
-    events,
-    forward,
-    mean_return,
-    resume,
-    same,
-    steps,
-    train,
-    watch,
-)
+from tests.replay_spies import check_adam, check_transitions, copies, events, forward, resume, same, steps, train, watch
+from tests.spies import VECTOR, mean_return, shake
 from tests.tiny_control import BoxTrace
 
-VECTOR, TWO_AXES = spaces.Box(-np.inf, np.inf, (3,)), spaces.Box(-1, 1, (2,))
 TRACE, LONG = "tests.tiny_control:BoxTrace-v0", "tests.tiny_control:LongBoxTrace-v0"
 
 
-def make_agent(obs_space=VECTOR, action_space=TWO_AXES, hidden_sizes=(16,)):
-    agent = ddpg.Agent(obs_space, action_space, ddpg.Args(hidden_sizes=hidden_sizes))
-    with torch.no_grad():
-        for parameter in agent.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+def make_agent(obs_space=VECTOR, hidden_sizes=(16,)):
+    agent = ddpg.Agent(obs_space, spaces.Box(-1, 1, (2,)), ddpg.Args(hidden_sizes=hidden_sizes))
+    shake(agent.parameters(), 0.2)
     return agent
 
 
@@ -229,7 +215,7 @@ def test_without_noise_each_action_is_that_of_the_network_of_now(monkeypatch, tm
 def test_the_evaluation_is_without_noise(tmp_path):
     args = dict(exploration_noise=5.0, total_timesteps=60, eval_episodes=9)
     agent = train(ddpg, TRACE, tmp_path, **args)
-    evaluated = [step for step in BoxTrace.log if step.env >= 10**6]
+    evaluated = [step for step in BoxTrace.log if step.env >= 10**7]
     assert len(evaluated) > 10
     for step in evaluated:
         with torch.no_grad():

@@ -8,30 +8,14 @@ import torch
 from gymnasium import spaces
 
 from algos import dqn
-from tests.replay_spies import (
-    check_adam,
-    check_transitions,
-    copies,
-    events,
-    forward,
-    mean_return,
-    resume,
-    same,
-    steps,
-    train,
-    watch,
-)
-from tests.spies import played
+from tests.replay_spies import check_adam, check_transitions, copies, events, forward, resume, same, steps, train, watch
+from tests.spies import VECTOR, mean_return, played, shake
 from tests.tiny_envs import Trace
-
-VECTOR = spaces.Box(-np.inf, np.inf, (3,))
 
 
 def make_agent(obs_space=VECTOR, hidden_sizes=(16,)):
     agent = dqn.Agent(obs_space, spaces.Discrete(3), dqn.Args(hidden_sizes=hidden_sizes))
-    with torch.no_grad():
-        for parameter in agent.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    shake(agent.parameters(), 0.1)
     return agent
 
 
@@ -145,7 +129,7 @@ def test_other_actions_are_the_best_by_the_network_of_now(num_envs, monkeypatch,
 
 def test_the_evaluation_is_greedy(tmp_path):
     agent = train(dqn, "Trace-v0", tmp_path, total_timesteps=30, start_e=1, end_e=1, eval_episodes=9)
-    evaluated = [step for step in Trace.log if step.env >= 10**6]
+    evaluated = [step for step in Trace.log if step.env >= 10**7]
     assert len(evaluated) > 10
     for step in evaluated:
         assert step.action == greedy(agent, [step.env, step.episode, step.step])

@@ -11,6 +11,8 @@ from gymnasium import spaces
 from algos import reinforce
 from tests.spies import (
     VECTOR,
+    check_losses,
+    distribution,
     flat,
     keys,
     make_agent,
@@ -72,11 +74,7 @@ def test_the_gradient_is_the_mean_over_episodes_of_the_sum_over_steps(action_spa
     for n, length in enumerate(lengths):
         total = 0.0
         for t in range(length):
-            output = agent.actor(obs[t, n][None])
-            if agent.is_discrete:
-                log_prob = torch.distributions.Categorical(logits=output).log_prob(actions[t, n]).sum()
-            else:
-                log_prob = torch.distributions.Normal(output, agent.log_std.exp()).log_prob(actions[t, n]).sum()
+            (log_prob,) = distribution(agent, obs[t, n][None]).log_prob(actions[t, n])
             total = total + weights[t, n] * flat(torch.autograd.grad(log_prob, parameters))
         of_episodes.append(total)
     of_episodes = torch.stack(of_episodes)
@@ -209,11 +207,10 @@ def test_logged_losses_are_those_of_the_steps_played(monkeypatch, tmp_path):
         expected = {
             "gradient_variance": update.variance,
             "value_loss": update.value_loss,
-            "entropy": torch.distributions.Categorical(logits=update.agent.actor(update.obs)).entropy().mean().item(),
+            "entropy": distribution(update.agent, update.obs).entropy().mean().item(),
             "explained_variance": 1 - (errors.var() / update.returns.var()).item(),
         }
-        for name, y in expected.items():
-            assert logged[f"losses/{name}"][i] == (start, pytest.approx(y, rel=1e-3, abs=1e-5)), name
+        check_losses(logged, i, start, expected)
 
 
 def test_a_budget_without_one_whole_episode_in_each_environment_is_an_error(tmp_path):

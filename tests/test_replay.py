@@ -43,6 +43,11 @@ KINDS = {  # shape, dtype, a function of the last observation of the episode (or
 }
 
 
+def bytes_of(buffer) -> int:
+    """What its arrays take."""
+    return sum(x.nbytes for x in vars(buffer).values() if isinstance(x, np.ndarray))
+
+
 class Play:
     """Random episodes of N environments, put into a buffer, and beside it into a list.
 
@@ -82,6 +87,10 @@ class Play:
         self.obs, self.valid = next_obs, ~ended
         return valid
 
+    def go_on(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
+
     def check(self, batch) -> list[tuple[int, int]]:
         """Assert that a batch is of transitions in the list; (step, environment) of each."""
         batch = [x.numpy() for x in batch]
@@ -118,8 +127,7 @@ def test_what_is_drawn_is_what_was_put_in(kind, size, num_envs):
 
 def test_box_actions_are_kept_with_their_axes():
     play = Play("vector", 30, 2, action_shape=(3,))
-    for _ in range(50):
-        play.step()
+    play.go_on(50)
     batch = play.buffer.sample(20, np.random.default_rng(0), CPU)
     play.check(batch)
     assert [x.shape for x in batch] == [(20, 3), (20, 3), (20,), (20, 3), (20,)]
@@ -128,8 +136,7 @@ def test_box_actions_are_kept_with_their_axes():
 
 def test_a_batch_has_the_types_of_the_observations_and_actions():
     play = Play("zero-padded stack", 30, 2)
-    for _ in range(50):
-        play.step()
+    play.go_on(50)
     batch = play.buffer.sample(20, np.random.default_rng(0), CPU)
     assert [x.dtype for x in batch] == [torch.uint8, torch.int64, torch.float32, torch.uint8, torch.bool]
     assert [x.shape for x in batch] == [(20, 4, 5, 6), (20,), (20,), (20, 4, 5, 6), (20,)]
@@ -137,11 +144,9 @@ def test_a_batch_has_the_types_of_the_observations_and_actions():
 
 def test_a_batch_stays_what_it_was_when_the_ring_goes_on():
     play = Play("vector", 10, 1)
-    for _ in range(20):
-        play.step()
+    play.go_on(20)
     batch = play.buffer.sample(20, np.random.default_rng(0), CPU)
-    for _ in range(20):
-        play.step()
+    play.go_on(20)
     play.check(batch)
 
 
@@ -151,8 +156,7 @@ def test_a_batch_stays_what_it_was_when_the_ring_goes_on():
 @pytest.mark.parametrize("kind", ["vector", "zero-padded stack", "repeated stack", "channels first", "channels last"])
 def test_all_that_is_kept_is_drawn_equally_often_and_nothing_older(kind, steps, size, num_envs):
     play, channels = Play(kind, size, num_envs, seed=steps), KINDS[kind][0][0]
-    for _ in range(steps):
-        play.step()
+    play.go_on(steps)
     draws = 30 * size
     counts = Counter(play.check(play.buffer.sample(draws, np.random.default_rng(2), CPU)))
     share = -(-size // num_envs)  # of each environment
@@ -172,19 +176,15 @@ def test_all_that_is_kept_is_drawn_equally_often_and_nothing_older(kind, steps, 
 
 
 def test_a_million_atari_transitions_take_less_than_8_gb():
-    bytes_of = {}
-    for size in (100, 300):
-        buffer = dqn.ReplayBuffer(size, 1, (4, 84, 84), np.uint8, (), np.int64)
-        bytes_of[size] = sum(x.nbytes for x in vars(buffer).values() if isinstance(x, np.ndarray))
-    assert (bytes_of[300] - bytes_of[100]) / 200 <= 8000
-    assert bytes_of[300] <= 8000 * (300 + 8) + 4 * 84 * 84
+    few, many = (bytes_of(dqn.ReplayBuffer(size, 1, (4, 84, 84), np.uint8, (), np.int64)) for size in (100, 300))
+    assert (many - few) / 200 <= 8000
+    assert many <= 8000 * (300 + 8) + 4 * 84 * 84
 
 
 @pytest.mark.parametrize("shape", [(4, 84, 84), (5,), ()])
 def test_a_buffer_larger_than_the_free_memory_is_refused_before_it_is_made(shape, monkeypatch):
     dtype, size, made, zeros = np.uint8 if shape == (4, 84, 84) else np.float32, 3000, [], np.zeros
-    buffer = dqn.ReplayBuffer(size, 2, shape, dtype, (2,), np.float32)
-    needed = sum(x.nbytes for x in vars(buffer).values() if isinstance(x, np.ndarray))
+    needed = bytes_of(dqn.ReplayBuffer(size, 2, shape, dtype, (2,), np.float32))
 
     def spy(*args, **kwargs):
         made.append(zeros(*args, **kwargs))

@@ -7,16 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL_LINE, PPO, ROOT, budget, load, run_script, small, takes
+from conftest import EVAL_LINE, PPO, ROOT, budget, load, read_events, run_script, small, takes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.odd_envs import ACTIONS, OBSERVATIONS, UNFIT_ACTIONS, UNFIT_OBSERVATIONS, seen_actions
-
-
-def read_events(folder):
-    """{tag: list of (step, value)} of a run's folder."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def odd(path, name):

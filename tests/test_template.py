@@ -1,7 +1,6 @@
 """The environment to copy: it keeps Gymnasium's rules and its own promises, and PPO solves it."""
 
 import importlib
-import re
 import warnings
 
 import gymnasium as gym
@@ -11,6 +10,7 @@ from gymnasium.utils.env_checker import check_env
 
 from algos import ppo
 from envs import template
+from tests.spies import mean_return
 
 IDS = ["Template-v0", "TemplateContinuous-v0"]
 
@@ -146,5 +146,4 @@ def test_ppo_solves_it(tmp_path, capsys):
     args = dict(num_envs=16, num_steps=64, total_timesteps=30_720, update_epochs=4, learning_rate=3e-3)
     args |= dict(gamma=0.98, gae_lambda=0.9, eval_episodes=32, device="cpu", log_dir=str(tmp_path))
     ppo.train(ppo.Args(env_id="envs.template:Template-v0", **args))
-    last_line = capsys.readouterr().out.splitlines()[-1]
-    assert float(re.search(r"mean_return=(\S+)", last_line)[1]) > 1.5
+    assert mean_return(capsys) > 1.5

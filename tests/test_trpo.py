@@ -11,30 +11,23 @@ from gymnasium import spaces
 from torch import nn
 
 from algos import trpo
-from tests.spies import VECTOR, flat, make_agent, policy_of, scalars, train, watch
+from tests.spies import VECTOR, distribution, flat, make_agent, policy_of, scalars, shake, train, watch
 
 THREE_ACTIONS, BOX = spaces.Discrete(3), spaces.Box(-1, 1, (2,))
 IMAGE = spaces.Box(0, 255, (36, 36, 1), np.uint8)
 
 
-def distribution(agent, obs):
-    """π(·|s) as torch has it."""
-    output = agent.actor(agent.features(obs))
-    if agent.is_discrete:
-        return torch.distributions.Categorical(logits=output)
-    return torch.distributions.Independent(torch.distributions.Normal(output, agent.log_std.exp()), 1)
-
-
 def kl_of(old_agent, agent, obs) -> float:
     with torch.no_grad():
-        old_policy, policy = distribution(old_agent, obs), distribution(agent, obs)
+        old_policy, policy = (distribution(x, x.features(obs)) for x in (old_agent, agent))
         return torch.distributions.kl_divergence(old_policy, policy).mean().item()
 
 
 def improvement_of(old_agent, agent, record) -> float:
     """L(θ) - L(θ_old), with L the mean of ρ Â."""
     with torch.no_grad():
-        log_probs, old_log_probs = (distribution(x, record.obs).log_prob(record.actions) for x in (agent, old_agent))
+        policies = (distribution(x, x.features(record.obs)) for x in (agent, old_agent))
+        log_probs, old_log_probs = (policy.log_prob(record.actions) for policy in policies)
         return ((log_probs - old_log_probs).exp() * record.advantages - record.advantages).mean().item()
 
 
@@ -101,9 +94,7 @@ def step(agent, obs, actions, advantages, monkeypatch, **args):
 def test_mean_kl_is_that_of_torch_distributions_from_the_old_policy_to_the_new(action_space):
     old_agent, obs = make_agent(VECTOR, action_space, module=trpo), torch.randn(20, 3)
     agent = copy.deepcopy(old_agent)
-    with torch.no_grad():
-        for parameter in policy_of(agent):
-            parameter.add_(0.5 * torch.randn_like(parameter))
+    shake(policy_of(agent), 0.5)
     old_log_std = None if agent.is_discrete else old_agent.log_std
     ours = trpo.mean_kl(agent, agent.actor(obs), old_agent.actor(obs), old_log_std).item()
     assert ours == pytest.approx(kl_of(old_agent, agent, obs), rel=1e-4)

@@ -129,7 +129,7 @@ class Step(NamedTuple):
     env: int
     episode: int
     step: int
-    action: int
+    action: int | np.ndarray
     reward: float
     terminated: bool
     truncated: bool
@@ -138,17 +138,17 @@ class Step(NamedTuple):
 class Trace(gym.Env):
     """Every observation tells which one it is: (the environment's first seed, episode, step). `log` has every step.
 
-    Episodes are 1 to 6 steps long and end at random by termination, truncation or both at once. Rewards are random
-    and depend on the action; `jackpot` is paid once, at the end of episode `when[1]` of the environment with seed
-    `when[0]`.
+    Episodes are 1 to `longest` steps long and end at random by termination, truncation or both at once. Rewards are
+    random and depend on the action; `jackpot` is paid once, at the end of episode `when[1]` of the environment with
+    seed `when[0]`.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (3,))
     action_space = spaces.Discrete(3)
     log: ClassVar[list[Step]] = []
 
-    def __init__(self, jackpot: float = 0.0, when: tuple[int, int] = (1, 25)):
-        self.jackpot, self.when = jackpot, when
+    def __init__(self, jackpot: float = 0.0, when: tuple[int, int] = (1, 25), longest: int = 6):
+        self.jackpot, self.when, self.longest = jackpot, when, longest
 
     def observation(self):
         return np.float32([self.env, self.episode, self.t])
@@ -157,16 +157,18 @@ class Trace(gym.Env):
         super().reset(seed=seed)
         if seed is not None:
             self.env, self.episode = seed, -1
-        self.episode, self.t, self.length = self.episode + 1, 0, self.np_random.integers(1, 7)
+        self.episode, self.t, self.length = self.episode + 1, 0, self.np_random.integers(1, self.longest + 1)
         return self.observation(), {}
 
     def step(self, action):
-        reward = float(self.np_random.normal() + 2 * action)
+        return self.play(int(action), float(self.np_random.normal() + 2 * action))
+
+    def play(self, action, reward: float):
         end = self.np_random.integers(3) if self.t + 1 == self.length else None
         terminated, truncated = end in (0, 2), end in (1, 2)
         if end is not None and (self.env, self.episode) == self.when:
             reward += self.jackpot
-        self.log.append(Step(self.env, self.episode, self.t, int(action), reward, terminated, truncated))
+        self.log.append(Step(self.env, self.episode, self.t, action, reward, terminated, truncated))
         self.t += 1
         return self.observation(), reward, terminated, truncated, {}
 
@@ -197,8 +199,14 @@ class Endless(gym.Env):
         return np.zeros(1, np.float32), 1.0, False, False, {}
 
 
-def make_paid_resets(num_envs: int, **kwargs):
-    return PaidResets([Trace] * num_envs)
+def paid_resets_of(env: type[gym.Env]):
+    return lambda num_envs, **kwargs: PaidResets([env] * num_envs)
+
+
+def register(envs: dict[str, dict]) -> None:
+    for env_id, spec in envs.items():
+        if env_id not in gym.registry:  # a second import must not register it twice
+            gym.register(env_id, disable_env_checker=True, **spec)
 
 
 ENVS = {
@@ -214,9 +222,7 @@ ENVS = {
     "Jackpot-v0": dict(entry_point=Trace, kwargs={"jackpot": 1000.0}),
     "LateJackpot-v0": dict(entry_point=Trace, kwargs={"jackpot": 1000.0, "when": (200, 0)}),
     "Endless-v0": dict(entry_point=Endless),
-    "PaidResets-v0": dict(entry_point=Trace, vector_entry_point=make_paid_resets),
+    "PaidResets-v0": dict(entry_point=Trace, vector_entry_point=paid_resets_of(Trace)),
 }
 
-for env_id, spec in ENVS.items():
-    if env_id not in gym.registry:  # a second import must not register it twice
-        gym.register(env_id, disable_env_checker=True, **spec)
+register(ENVS)
