@@ -1,64 +1,242 @@
-"""Learning curves of finished runs: one picture per environment, one curve per experiment, mean and spread over seeds.
+"""Tables and pictures of finished benchmark runs.
 
-    python benchmark/report.py RUNS_FOLDER PICTURE_FOLDER
+    python benchmark/report.py RUNS_FOLDER RESULTS_FOLDER
 
-A run's curve is the mean return of the training episodes that ended in each of 60 equal windows of environment steps.
-The band is one standard deviation over the seeds. The title says how many seeds there are, and the legend the mean and
-standard deviation over seeds of the evaluation after training.
+reads the TensorBoard logs of RUNS_FOLDER/ENV__NAME__SEED/ (made by benchmark.sh) and writes to RESULTS_FOLDER
+
+    results.csv, results.md    a row per environment and algorithm
+    curves.csv                 the learning curves: a row per window of environment steps, mean and std over seeds
+    ENV.png                    the curves of every algorithm, against steps and against seconds
+    reinforce-weights.png      the three weights of REINFORCE: their curves, and the variance of the gradient
+
+Rows of which RUNS_FOLDER has no finished run stay as they are. Where one has failed or is still to come, the row is
+made of the seeds that are there.
+
+What the columns mean:
+
+    mean, std              of the seeds' evaluations: each is the mean return of the deterministic policy's episodes
+    iqm, iqm_low, _high    interquartile mean over the episodes of all seeds, with a 95 % bootstrap interval that draws
+                           whole seeds: they are what is independent (after R. Agarwal et al., 2021, arXiv:2108.13264).
+                           With few seeds the interval is rough, with one there is none.
+    seconds                of training, without imports and evaluation, mean over seeds
+    commit                 of the code that made the runs, + if it had changes that were not committed
 """
 
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from matplotlib.ticker import EngFormatter
+from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-WINDOWS = 60
+WINDOWS = 50  # points of a learning curve
+
+ALGORITHMS = ("reinforce", "a2c", "ppo", "trpo", "dqn", "ddpg")
+WEIGHTS = ("reinforce", "reinforce-reward-to-go", "reinforce-total-return")
+COLOURS = {  # tell apart for the colour-blind, too: M. Okabe, K. Ito: Color Universal Design, 2008
+    "reinforce": "#E69F00",
+    "a2c": "#56B4E9",
+    "ppo": "#D55E00",
+    "trpo": "#009E73",
+    "dqn": "#0072B2",
+    "ddpg": "#CC79A7",
+    "reinforce-reward-to-go": "#56B4E9",
+    "reinforce-total-return": "#0072B2",
+}
+
+# The best figures we know of. zoo: RL Baselines3 Zoo, tuned settings, deterministic evaluation. CleanRL: its
+# documentation, default settings, training returns. Fujimoto: arXiv:1802.09477. goal: our own; nobody publishes one.
+PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"))
 
 
-def read_run(folder: Path) -> tuple[np.ndarray, np.ndarray, float]:
-    """Steps and returns of a run's training episodes, each of shape (episodes,), and its mean evaluation return."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    episodes = events.Scalars("charts/episodic_return")
-    evaluation = np.mean([point.value for point in events.Scalars("eval/episodic_return")])
-    return np.array([point.step for point in episodes]), np.array([point.value for point in episodes]), evaluation
+def training_seconds(wall_times: np.ndarray) -> np.ndarray:
+    """Seconds since the first of these times, same shape. The pause before a resume does not count."""
+    gaps = np.diff(wall_times, prepend=wall_times[0])
+    usual = np.median(gaps)
+    return np.cumsum(np.where(gaps > 60 + 10 * usual, usual, gaps))
 
 
-def window_means(steps: np.ndarray, values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Mean of the values between each two edges, shape (len(edges) - 1,); an empty window repeats the last mean."""
-    means = np.full(len(edges) - 1, np.nan)
-    for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        inside = values[(steps > low) & (steps <= high)]
-        means[i] = inside.mean() if len(inside) else means[i - 1]
-    return means
+def read_run(folder: Path) -> tuple[pd.DataFrame, np.ndarray]:
+    """Learning curve of the run in `folder`, WINDOWS rows, and its evaluation returns, shape (episodes,)."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+    def points(tag: str) -> pd.DataFrame:
+        known = tag in events.Tags()["scalars"]
+        return pd.DataFrame(events.Scalars(tag) if known else [], columns=["wall_time", "step", "value"], dtype=float)
+
+    def curve(tag: str) -> pd.Series:
+        """Mean of a quantity in each window, of one without a value that of the window before."""
+        of_tag = points(tag)
+        means = of_tag.value.groupby(np.searchsorted(edges, of_tag.step)).mean()
+        return means.reindex(range(WINDOWS)).ffill()
+
+    clock = points("charts/SPS")
+    start = events.Tensors("args/text_summary")[0].wall_time
+    seconds = training_seconds(np.append(start, clock.wall_time))
+    edges = clock.step.max() * np.arange(1, WINDOWS + 1) / WINDOWS
+    curves = pd.DataFrame(
+        {
+            "steps": edges.round().astype(int),
+            "seconds": np.interp(edges, np.append(0, clock.step), seconds),
+            "mean": curve("charts/episodic_return"),
+            "gradient_variance": curve("losses/gradient_variance"),
+        }
+    )
+    return curves, points("eval/episodic_return").value.to_numpy()
 
 
-def main(runs_folder: Path, picture_folder: Path) -> None:
-    runs = defaultdict(lambda: defaultdict(list))  # environment -> experiment -> runs
-    for checkpoint in sorted(runs_folder.glob("*/checkpoint.pt")):
-        env_id, experiment, _, _ = checkpoint.parent.name.rsplit("__", 3)
-        runs[env_id][experiment].append(read_run(checkpoint.parent))
+def interquartile_mean(evaluations: np.ndarray) -> tuple[float, float, float]:
+    """Interquartile mean of evaluations, shape (seeds, episodes), and the ends of its 95 % bootstrap interval."""
 
-    picture_folder.mkdir(parents=True, exist_ok=True)
-    for env_id, experiments in runs.items():
-        figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-        for experiment, results in experiments.items():
-            edges = np.linspace(0, max(steps.max() for steps, _, _ in results), WINDOWS + 1)
-            curves = np.array([window_means(steps, values, edges) for steps, values, _ in results])
-            mean, std, middle = np.nanmean(curves, axis=0), np.nanstd(curves, axis=0), (edges[:-1] + edges[1:]) / 2
-            evaluations = [evaluation for _, _, evaluation in results]
-            label = f"{experiment} (evaluation {np.mean(evaluations):.0f} ± {np.std(evaluations):.0f})"
-            (line,) = axes.plot(middle, mean, label=label, linewidth=2)
-            axes.fill_between(middle, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
-        seeds = max(len(results) for results in experiments.values())
-        axes.set(title=f"{env_id}, mean ± std of {seeds} seeds", xlabel="environment steps", ylabel="episodic return")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        axes.legend(loc="lower right", frameon=False)
-        figure.savefig(picture_folder / f"{env_id}.png", dpi=150)
-        print(picture_folder / f"{env_id}.png")
+    def iqm(seeds: np.ndarray) -> float:
+        return stats.trim_mean(evaluations[seeds], 0.25, axis=None)
+
+    seeds = np.arange(len(evaluations))
+    if len(seeds) == 1:
+        return iqm(seeds), np.nan, np.nan
+    interval = stats.bootstrap((seeds,), iqm, vectorized=False, method="percentile", n_resamples=2000, rng=0)
+    return iqm(seeds), *interval.confidence_interval
+
+
+def summarise(folders: list[Path], env_id: str, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The row of results.csv and the rows of curves.csv of one algorithm on one environment; a folder per seed."""
+    curves, evaluations = zip(*(read_run(folder) for folder in folders), strict=True)
+    last = pd.concat([curve.iloc[[-1]] for curve in curves])
+    means = np.mean(evaluations, axis=1)
+    iqm, low, high = interquartile_mean(np.array(evaluations))
+    row = {
+        "environment": env_id,
+        "algorithm": name,
+        "seeds": len(folders),
+        "mean": means.mean(),
+        "std": means.std(),
+        "iqm": iqm,
+        "iqm_low": low,
+        "iqm_high": high,
+        "steps": round(last.steps.mean()),
+        "seconds": last.seconds.mean(),
+        "steps_per_second": round((last.steps / last.seconds).mean()),
+        "commit": ", ".join(sorted({(folder.parent / "log.txt").read_text().split()[0] for folder in folders})),
+    }
+    by_window = pd.concat(curves).groupby(level=0)
+    curve = by_window.mean()
+    curve.insert(3, "std", by_window["mean"].std(ddof=0))
+    curve.insert(0, "environment", env_id)
+    curve.insert(1, "algorithm", name)
+    return pd.DataFrame([row]).merge(PUBLISHED, how="left"), curve
+
+
+def update(path: Path, new: pd.DataFrame) -> pd.DataFrame:
+    """Write `new` to a CSV file, in which the rows of other environments and algorithms stay; return all its rows."""
+    key = ["environment", "algorithm"]
+    if path.exists():
+        old = pd.read_csv(path)
+        new = pd.concat([old[~old.set_index(key).index.isin(new.set_index(key).index)], new])
+    order = {name: i for i, name in enumerate([*PUBLISHED.environment, *COLOURS])}
+    new = new.sort_values(key, key=lambda column: column.map(order), kind="stable")  # what is not in it comes last
+    new.to_csv(path, index=False, float_format="%.5g")
+    return new
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """results.csv as a Markdown table."""
+    lines = [
+        "Mean ± standard deviation over the seeds of the mean return of 30 episodes of the final deterministic policy;",
+        "interquartile mean with a 95 % bootstrap interval; the best published figure (**bold**: ours is at or above it).",
+        "Steps/s: as many runs side by side as the machine has cores, one thread each. More in report.py.",
+        "",
+        "| environment | algorithm | seeds | return | IQM | published | steps | seconds | steps/s | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in table.itertuples():
+        score = f"{row.mean:.1f} ± {row.std:.1f}"
+        score = f"**{score}**" if row.mean >= row.published else score
+        interval = "" if np.isnan(row.iqm_low) else f" [{row.iqm_low:.1f}, {row.iqm_high:.1f}]"
+        published = "" if np.isnan(row.published) else f"{row.published:.0f} ({row.source})"
+        cells = (row.environment, row.algorithm, row.seeds, score, f"{row.iqm:.1f}{interval}", published)
+        cells += (f"{row.steps:,}", f"{row.seconds:,.0f}", f"{row.steps_per_second:,}", row.commit)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(axes: plt.Axes, curve: pd.DataFrame, x: str, label: str) -> None:
+    """One algorithm's learning curve, mean and standard deviation over the seeds, against steps or seconds."""
+    colour = COLOURS.get(curve.algorithm.iloc[0], "black")
+    axes.plot(curve[x], curve["mean"], color=colour, linewidth=1.8, label=label)
+    axes.fill_between(
+        curve[x], curve["mean"] - curve["std"], curve["mean"] + curve["std"], color=colour, alpha=0.2, lw=0
+    )
+
+
+def style(axes: plt.Axes, xlabel: str, ylabel: str = "", **settings) -> None:
+    axes.set(xlabel=xlabel, ylabel=ylabel, **settings)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def plot_environment(env_id: str, table: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
+    """The curves of every algorithm against steps and seconds; a dot and a bar at their end show the evaluation."""
+    figure, (by_steps, by_seconds) = plt.subplots(1, 2, sharey=True, figsize=(10, 3.6), layout="constrained")
+    for row in table.itertuples():
+        curve = curves[curves.algorithm == row.algorithm]
+        for axes, x in ((by_steps, "steps"), (by_seconds, "seconds")):
+            draw(axes, curve, x, f"{row.algorithm}  {row.mean:.0f} ± {row.std:.0f}")
+            end = curve[x].iloc[-1]
+            axes.errorbar(
+                end, row.mean, row.std, fmt="o", markersize=5, capsize=3, color=COLOURS.get(row.algorithm, "black")
+            )
+    style(by_steps, "environment steps", "episodic return")
+    by_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
+    style(by_seconds, "seconds of training (one core)", xscale="log")
+    figure.suptitle(f"{env_id}, mean and standard deviation of {table.seeds.max()} seeds")
+    handles, labels = by_steps.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, title="evaluation")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_weights(curves: pd.DataFrame, path: Path) -> None:
+    """The three weights Φ of REINFORCE: learning curves, and the variance of the gradient that each leaves."""
+    figure, (returns, variance) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for name, label in zip(WEIGHTS, ("baseline", "reward-to-go", "total-return"), strict=True):
+        curve = curves[curves.algorithm == name]
+        draw(returns, curve, "steps", label)
+        variance.plot(curve.steps, curve.gradient_variance, color=COLOURS[name], linewidth=1.8)
+    style(returns, "environment steps", "episodic return")
+    style(variance, "environment steps", "variance of the gradient", yscale="log")
+    for axes in (returns, variance):
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.suptitle("REINFORCE on CartPole-v1 with each --weight")
+    figure.legend(*returns.get_legend_handles_labels(), loc="outside right center", frameon=False, title="weight")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(runs_folder: Path, results_folder: Path) -> None:
+    seeds = {}  # (environment, name) -> folders of the finished runs
+    for log in sorted(runs_folder.glob("*/log.txt")):
+        *_, last = log.read_text().splitlines()
+        if last.startswith("eval:"):
+            env_id, name, _ = log.parent.name.rsplit("__", 2)
+            (folder,) = (path.parent for path in log.parent.glob("*/checkpoint.pt"))
+            seeds.setdefault((env_id, name), []).append(folder)
+    if not seeds:
+        sys.exit(f"error: no finished run in {runs_folder}")
+    rows, curves = zip(*(summarise(folders, *key) for key, folders in seeds.items()), strict=True)
+
+    results_folder.mkdir(parents=True, exist_ok=True)
+    table = update(results_folder / "results.csv", pd.concat(rows))
+    curves = update(results_folder / "curves.csv", pd.concat(curves))
+    (results_folder / "results.md").write_text(markdown(table))
+    for env_id in {env_id for env_id, _ in seeds}:
+        here = table[(table.environment == env_id) & table.algorithm.isin(ALGORITHMS)]
+        plot_environment(env_id, here, curves[curves.environment == env_id], results_folder / f"{env_id}.png")
+    if any(name in WEIGHTS for _, name in seeds):
+        plot_weights(curves[curves.environment == "CartPole-v1"], results_folder / "reinforce-weights.png")
+    print(f"{results_folder}/results.md: {len(table)} rows, {len(rows)} of them new")
 
 
 if __name__ == "__main__":

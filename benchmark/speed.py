@@ -1,0 +1,150 @@
+"""Steps per second beside Stable-Baselines3 and sb3-contrib, at equal work.
+
+    pip install stable-baselines3==2.9.2 sb3-contrib==2.9.2      # the peers, which nothing else needs
+    python benchmark/speed.py --pairs 5
+
+prints a Markdown table. Each pair trains first ours, then theirs, each in a process of its own on one thread, with the
+same environments, network sizes, rollouts, minibatches and numbers of gradient steps, and with TensorBoard logs; the
+ratio is that of the two neighbours, because the speed of a machine drifts. Timed is the training from the making of the
+environments to the last step, without imports and evaluation. For figures to trust, let nothing else run.
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported
+import numpy as np
+
+# What the defaults of the peers are, too: gamma and so on.
+ROLLOUT = {"num_envs": 1, "num_steps": 2048, "gamma": 0.99, "gae_lambda": 0.95}
+REPLAY = {"num_envs": 1, "buffer_size": 100_000, "learning_starts": 1000, "gamma": 0.99}
+
+# name: environment, steps, our arguments, those of the peer, what one update does
+CASES = {
+    "a2c": (
+        "CartPole-v1",
+        200_000,
+        {"num_envs": 8, "num_steps": 5},
+        {"n_steps": 5},
+        "8 environments x 5 steps, 64-64",
+    ),
+    "ppo": (
+        "CartPole-v1",
+        100_000,
+        {"num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 10},
+        {"n_steps": 128, "batch_size": 256, "n_epochs": 10},
+        "8 x 128, 10 epochs of 4 minibatches, 64-64",
+    ),
+    "ppo HalfCheetah": (
+        "HalfCheetah-v5",
+        20_480,
+        ROLLOUT | {"num_minibatches": 32, "update_epochs": 10},
+        {"n_steps": 2048, "batch_size": 64, "n_epochs": 10},
+        "1 x 2048, 10 epochs of 32 minibatches, 64-64",
+    ),
+    "trpo": (
+        "HalfCheetah-v5",
+        40_960,
+        ROLLOUT | {"num_minibatches": 16, "critic_updates": 10},
+        {"n_steps": 2048, "batch_size": 128, "n_critic_updates": 10, "cg_max_steps": 15},
+        "1 x 2048, 15 conjugate gradients, 160 critic steps, 64-64",
+    ),
+    "dqn": (
+        "CartPole-v1",
+        30_000,
+        REPLAY | {"train_frequency": 4, "batch_size": 128, "target_network_frequency": 500, "tau": 1.0},
+        {"train_freq": 4, "batch_size": 128, "target_update_interval": 500, "policy_kwargs": {"net_arch": [120, 84]}},
+        "a batch of 128 every 4 steps, 120-84",
+    ),
+    "ddpg": (
+        "HalfCheetah-v5",
+        4_000,
+        REPLAY | {"batch_size": 256, "hidden_sizes": (256, 256)},
+        {"batch_size": 256, "policy_kwargs": {"net_arch": [256, 256]}},
+        "a batch of 256 every step, 256-256",
+    ),
+}
+
+
+def ours(name: str, folder: str):
+    """Our training as a function without arguments."""
+    env_id, steps, arguments, _, _ = CASES[name]
+    sys.path.insert(0, str(Path(__file__).parents[1] / "algos"))
+    module = importlib.import_module(name.split()[0])
+    args = module.Args(env_id=env_id, total_timesteps=steps, log_dir=folder, eval_episodes=0, device="cpu", **arguments)
+    return lambda: module.train(args)
+
+
+def theirs(name: str, folder: str):
+    """The peer's training as a function without arguments."""
+    import sb3_contrib
+    import stable_baselines3
+    from stable_baselines3.common.env_util import make_vec_env
+
+    env_id, steps, same, arguments, _ = CASES[name]
+    package = sb3_contrib if name == "trpo" else stable_baselines3
+    algorithm = getattr(package, name.split()[0].upper())
+    arguments |= {key: same[key] for key in ("buffer_size", "learning_starts") if key in same}
+
+    def train() -> None:
+        envs = make_vec_env(env_id, same["num_envs"], seed=1)
+        algorithm("MlpPolicy", envs, tensorboard_log=folder, seed=1, device="cpu", **arguments).learn(steps)
+
+    return train
+
+
+def measure(side: str, name: str) -> float:
+    """Steps per second of one training in this process; side is "ours" or "theirs"."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
+        train = {"ours": ours, "theirs": theirs}[side](name, folder)
+        start = time.perf_counter()
+        train()
+        return CASES[name][1] / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5, help="alternating pairs of runs of each case")
+    parser.add_argument(
+        "--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE", help="of: %(choices)s"
+    )
+    parser.add_argument(
+        "--measure", choices=["ours", "theirs"], help=argparse.SUPPRESS
+    )  # what a process of a pair does
+    args = parser.parse_args()
+    if args.measure:
+        print(measure(args.measure, args.cases[0]))
+        return
+    if not (importlib.util.find_spec("stable_baselines3") and importlib.util.find_spec("sb3_contrib")):
+        parser.error("needs the peers: pip install stable-baselines3==2.9.2 sb3-contrib==2.9.2")
+
+    print("| algorithm, environment | work of an update | ours, steps/s | theirs | ratio, median (all pairs) |")
+    print("| --- | --- | --- | --- | --- |")
+    for name in args.cases:
+        speeds = {"ours": [], "theirs": []}
+        for _ in range(args.pairs):
+            for side, measured in speeds.items():
+                command = [sys.executable, __file__, "--measure", side, "--cases", name]
+                result = subprocess.run(command, capture_output=True, text=True, check=True)
+                measured.append(float(result.stdout.split()[-1]))
+        mine, peer = np.array(speeds["ours"]), np.array(speeds["theirs"])
+        ratios = np.sort(mine / peer)
+        spread = f"**{np.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        label = f"{name.split()[0]}, {CASES[name][0]}"
+        print(
+            f"| {label} | {CASES[name][4]} | {np.median(mine):,.0f} | {np.median(peer):,.0f} | {spread} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
