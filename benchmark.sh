@@ -66,7 +66,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment ddpg Hopper-v5 300000 --gamma 0.99 --learning-starts 10000
 
   experiment a2c  Walker2d-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.99 --gae-lambda 0.9 --norm-obs --norm-reward
-  experiment ppo  Walker2d-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95
+  experiment ppo  Walker2d-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95 --log-std-init -1
   experiment trpo Walker2d-v5 1000000 $rollout --gae-lambda 0.97 --target-kl 0.02
   experiment ddpg Walker2d-v5 300000 --gamma 0.99 --learning-starts 10000
 }
