@@ -35,7 +35,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment reinforce Acrobot-v1 500000
   experiment a2c  Acrobot-v1 500000 --norm-obs
   experiment ppo  Acrobot-v1 500000 --norm-obs
-  experiment trpo Acrobot-v1 300000
+  experiment trpo Acrobot-v1 500000 --num-envs 16 --norm-obs
   experiment dqn  Acrobot-v1 100000
 
   experiment reinforce LunarLander-v3 1500000 --norm-weight --norm-obs --norm-reward
@@ -52,7 +52,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment reinforce LunarLanderContinuous-v3 1500000 --norm-weight --norm-obs --norm-reward
   experiment a2c  LunarLanderContinuous-v3 1000000 --num-steps 8 --learning-rate 1e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward
   experiment ppo  LunarLanderContinuous-v3 1000000 $lander --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
-  experiment trpo LunarLanderContinuous-v3 1000000 --num-steps 512 --gae-lambda 0.98 --norm-obs --norm-reward
+  experiment trpo LunarLanderContinuous-v3 500000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward --log-std-init -1
   experiment ddpg LunarLanderContinuous-v3 200000 --gamma 0.99 --hidden-sizes 128 128 --batch-size 128
 
   experiment a2c  HalfCheetah-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gae-lambda 0.9 --norm-obs --norm-reward --log-std-init -1
@@ -67,7 +67,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
 
   experiment a2c  Walker2d-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.99 --gae-lambda 0.9 --norm-obs --norm-reward
   experiment ppo  Walker2d-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95 --log-std-init -1
-  experiment trpo Walker2d-v5 1000000 $rollout --gae-lambda 0.97 --target-kl 0.02
+  experiment trpo Walker2d-v5 1000000 $rollout --target-kl 0.03 --log-std-init -1
   experiment ddpg Walker2d-v5 300000 --gamma 0.99 --learning-starts 10000
 }
 

@@ -14,7 +14,7 @@ of each axis, so that the bounds are -1 and 1; an axis without two bounds is pla
 all the same. Either every step's noise is new, ε_t ~ N(0, σ²), or it follows an Ornstein-Uhlenbeck process, whose
 correlation falls by a factor 1 - θ a step, so that the noise keeps pushing one way for about 1/θ steps:
 
-    x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15
+    x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15 (θ = 1 is white noise again)
 
 In the long run its standard deviation is σ, too (the paper's σ = 0.2, of the increments, is σ = 0.38 here).
 
@@ -101,7 +101,7 @@ class Args:
         for names, low, high in limits:
             for name in names.split():
                 for value in np.atleast_1d(getattr(self, name)):
-                    if value is not None and not low <= value <= high:  # so that NaN is refused, too
+                    if value is not None and not low <= value <= high:  # NaN fails this, too
                         raise UsageError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
         if self.evaluate and (self.resume or self.eval_episodes == 0):
             raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
@@ -119,10 +119,10 @@ def parse_args() -> Args:
     def checkpoint_path(resume: str = "", evaluate: str = "") -> str:
         return resume or evaluate
 
-    box = io.StringIO()  # tyro complains in a box of several lines; the user gets the sentence at its top
+    box = io.StringIO()  # tyro complains in a drawn box: what is above its first inner line becomes one sentence
     try:
         with contextlib.redirect_stderr(box):
-            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)  # a first look
+            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)  # sets the defaults
             default = Args(**load_checkpoint(path)["args"]) if path else Args()
             return tyro.cli(Args, default=default, description=__doc__)
     except SystemExit as stop:
@@ -148,7 +148,8 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off scree
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder: Path | None = None):
     """Make a vector environment that resets on the next step and has Box observations (other spaces are flattened).
 
-    For evaluation Atari's rewards are not clipped. With `video_folder` every episode is written there as mp4.
+    Atari's rewards are clipped to ±1 in training, and so in its curves, but not in evaluation. With `video_folder`
+    every episode is written there as mp4.
     """
     atari = args.env_id.split(":")[-1].startswith("ALE/")
     env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id
@@ -165,19 +166,22 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
     try:
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an environment's older version
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an old id
             module, _, name = env_id.rpartition(":")
             if module:
                 importlib.import_module(module)
             if num_envs == 1 and not atari and name in gym.registry and gym.registry[name].entry_point:
-                options["vectorization_mode"] = "sync"  # one alone is faster than a vector implementation with one
+                options["vectorization_mode"] = "sync"  # faster than its own vector implementation, of one
             envs = gym.make_vec(env_id, num_envs, **options)
         if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
             raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
-        if args.capture_video and not evaluation:  # a missing package should show now, and not after the training
+        if args.capture_video and not evaluation:  # what cannot be rendered should show now, not after the training
             probe = gym.make(env_id, render_mode="rgb_array")
             probe.reset()
-            probe.render()
+            try:
+                probe.render()
+            except Exception as error:  # each renderer fails in its own way
+                raise UsageError(f"--capture-video: {args.env_id} cannot be rendered here: {error}") from error
             probe.close()
     except (gym.error.Error, ImportError) as error:
         install = " (pip install ale-py)" if atari and isinstance(error, ImportError) else ""
@@ -210,7 +214,7 @@ def mlp(input_size: int, hidden_sizes: tuple[int, ...], output_size: int, gain: 
 
 
 def numpy_mlp(network: nn.Sequential):
-    """An `mlp` with its weights of now as a function of arrays.
+    """An `mlp` as a function of arrays, to be made anew after each update.
 
     For the few rows of one step numpy takes a third of torch's time, and need not wait for a GPU.
     """
@@ -235,7 +239,7 @@ class BoxScale:
     """
 
     def __init__(self, space: gym.spaces.Box):
-        with np.errstate(over="ignore"):  # bounds so far apart that their distance overflows are no bounds
+        with np.errstate(over="ignore"):  # the largest floats as bounds are none
             bounded = np.isfinite(space.high - space.low)
         low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
         self.space, self.centre, self.half_range = space, (low + high) / 2, (high - low) / 2
@@ -286,11 +290,11 @@ class Agent(nn.Module):
 class ReplayBuffer:
     """The last transitions (s, a, r, s', terminated) of N environments, in a ring that stores every frame once.
 
-    A place of the ring holds an observation and what was done there; s' is what the same environment stores next. The
-    step that only resets leads from the end of an episode to the start of the next: no transition, and never sampled.
-    Of an image with channels first, taken for stacked frames, only the newest frame is stored if the others are those
-    of the observation before. So a million Atari transitions take 7.1 GB (56 GB with both stacks of each); an image
-    that is no such stack takes a place for each of its channels.
+    A place of the ring holds an observation and what was done there; `next_place` says where s' is, the one that the
+    same environment stores next. The step that only resets leads from the end of an episode to the start of the next:
+    no transition, and never sampled. Of an image with channels first, taken for stacked frames, only the newest frame
+    is stored if the others are those of the observation before. So a million Atari transitions take 7.1 GB (56 GB with
+    both stacks of each); an image that is no such stack takes a place for each of its channels.
 
     size: places, of all environments together. A UsageError if they take more memory than is free.
     """
@@ -361,9 +365,9 @@ def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
 def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     """Returns of `args.eval_episodes` whole episodes of the deterministic policy.
 
-    They are played in batches, one in each environment, and all of a batch count: to take the first that end would
-    favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go beside the
-    checkpoint.
+    They are played in batches, one in each environment. Those that count are chosen by place: to take the first that
+    end would favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go
+    beside the checkpoint.
     """
     num_envs, returns = 1 if args.capture_video else min(args.eval_episodes, 16), []
     video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
@@ -395,7 +399,8 @@ def load_checkpoint(path: str | Path, **modules) -> dict:
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        _ = Args(**checkpoint["args"]), checkpoint["global_step"], checkpoint["rng"]  # raises if one is missing
+        Args(**checkpoint["args"])  # raises if these are not the arguments of this file
+        checkpoint["global_step"], checkpoint["rng"]  # … or one of these is missing
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint
@@ -451,10 +456,10 @@ class Run:
 
     def log_rollout(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
         """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
-        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns and lengths so far
+        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns, lengths so far …
         for t, n in np.argwhere(ended):
             episodic_return, length = totals[:, t, n]
-            totals[:, t:, n] -= [[episodic_return], [length]]  # the next episode counts from here
+            totals[:, t:, n] -= [[episodic_return], [length]]  # … of this episode: the next counts from here
             step = self.global_step + (t + 1) * ended.shape[1]
             self.writer.add_scalar("charts/episodic_return", episodic_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
@@ -465,8 +470,7 @@ class Run:
         for name, value in scalars.items():
             if not math.isfinite(value):  # must not get into the checkpoint
                 self.fail(f"{name} is {value} at step {self.global_step}; a lower --learning-rate may help")
-        points = 1000  # are enough for a curve
-        if (self.global_step * points) % self.args.total_timesteps < ended.size * points:
+        if self.global_step % max(self.args.total_timesteps // 1000, 1) < ended.size:  # 1000 points make a curve
             sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
             for name, value in {**scalars, "charts/SPS": sps}.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -509,7 +513,7 @@ class Run:
         self.save()
         if self.interrupted:
             self.stop()
-        self.bar.total = self.bar.n  # what is left of the budget is less than an update
+        self.bar.total = self.bar.n  # the rest of the budget is too short for an update
         self.bar.close()
         try:
             for signum in (signal.SIGINT, signal.SIGTERM):
@@ -526,19 +530,6 @@ class Run:
 
 
 # ==== DDPG
-class OrnsteinUhlenbeck:
-    """Time-correlated noise for N environments: x_t of the docstring at the top."""
-
-    def __init__(self, num_envs: int, num_actions: int, sigma: float, theta: float = 0.15):
-        self.x, self.decay = np.zeros((num_envs, num_actions), np.float32), 1 - theta
-        self.scale = sigma * math.sqrt(1 - self.decay**2)
-
-    def sample(self, rng: np.random.Generator, started: np.ndarray) -> np.ndarray:
-        """The next noise, shape (N, A); from 0 where an episode has started, (N,)."""
-        self.x = self.decay * self.x * ~started[:, None] + self.scale * rng.standard_normal(self.x.shape, np.float32)
-        return self.x
-
-
 def bellman_target(target: Agent, rewards, next_obs, terminated, gamma: float) -> torch.Tensor:
     """y of B transitions, shape (B,)."""
     with torch.no_grad():
@@ -562,9 +553,8 @@ def train(args: Args) -> Agent:
 
     N, A = args.num_envs, agent.num_actions
     buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space.shape, agent.obs_dtype, (A,), np.float32)
-    process = OrnsteinUhlenbeck(N, A, args.exploration_noise)
     valid = np.ones(N, bool)  # false on steps that only reset
-    started = np.zeros(N, bool)  # true on the step after one, the first of an episode
+    noise, memory = np.zeros((N, A), np.float32), 0.85 if args.noise == "ou" else 0.0  # x and 1 - θ
 
     optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     run = Run(args, rng, agent=agent, target=target, **optimizers)
@@ -575,10 +565,8 @@ def train(args: Args) -> Agent:
     buffer.store(obs)
     while run.global_step + N <= args.total_timesteps:
         # A step of N environments, with noise, into the buffer.
-        if args.noise == "ou":
-            noise = process.sample(rng, started)
-        else:
-            noise = args.exploration_noise * rng.standard_normal((N, A), np.float32)
+        innovation = args.exploration_noise * rng.standard_normal((N, A), np.float32)  # ε
+        noise = memory * noise + math.sqrt(1 - memory**2) * innovation
         if run.global_step < args.learning_starts:
             actions = rng.uniform(-1, 1, (N, A)).astype(np.float32)
         else:
@@ -611,7 +599,8 @@ def train(args: Args) -> Agent:
                 "losses/q_values": q.mean().item(),
             }
         run.log_rollout(rewards[None], ended[None], valid[None], scalars)
-        started, valid = ~valid, ~ended
+        noise *= valid[:, None]  # 0 before an episode
+        valid = ~ended
     envs.close()
     run.finish(agent)
     return agent

@@ -13,11 +13,12 @@ the other tell its value:
 
     y = r + γ (1 - terminated) Q_targ(s', argmax_a' Q(s', a'))
 
-(The paper clips the error of each transition at 1. Where rewards are not clipped, too, that favours the many small
-errors over the few large ones at the end of an episode; on CartPole Q diverged.)
+(The paper clips the error of each transition to ±1, but it clips the rewards as well. Without that, the many small
+errors outweigh the few large ones at the ends of episodes: on CartPole Q diverged.)
 
 Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With no --hidden-sizes Q
-is linear, and on a Discrete observation, which is flattened to one-hot, a table: tabular Q-learning with replay.
+is linear, and on a Discrete observation, which is flattened to one-hot, a table (plus a bias for each action): tabular
+Q-learning with replay.
 
 V. Mnih et al.: Human-level control through deep reinforcement learning, Nature 518, 2015. Double DQN: H. van Hasselt,
 A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, arXiv:1509.06461.
@@ -107,7 +108,7 @@ class Args:
         for names, low, high in limits:
             for name in names.split():
                 for value in np.atleast_1d(getattr(self, name)):
-                    if value is not None and not low <= value <= high:  # so that NaN is refused, too
+                    if value is not None and not low <= value <= high:  # NaN fails this, too
                         raise UsageError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
         if self.evaluate and (self.resume or self.eval_episodes == 0):
             raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
@@ -125,10 +126,10 @@ def parse_args() -> Args:
     def checkpoint_path(resume: str = "", evaluate: str = "") -> str:
         return resume or evaluate
 
-    box = io.StringIO()  # tyro complains in a box of several lines; the user gets the sentence at its top
+    box = io.StringIO()  # tyro complains in a drawn box: what is above its first inner line becomes one sentence
     try:
         with contextlib.redirect_stderr(box):
-            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)  # a first look
+            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)  # sets the defaults
             default = Args(**load_checkpoint(path)["args"]) if path else Args()
             return tyro.cli(Args, default=default, description=__doc__)
     except SystemExit as stop:
@@ -154,7 +155,8 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off scree
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder: Path | None = None):
     """Make a vector environment that resets on the next step and has Box observations (other spaces are flattened).
 
-    For evaluation Atari's rewards are not clipped. With `video_folder` every episode is written there as mp4.
+    Atari's rewards are clipped to ±1 in training, and so in its curves, but not in evaluation. With `video_folder`
+    every episode is written there as mp4.
     """
     atari = args.env_id.split(":")[-1].startswith("ALE/")
     env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id
@@ -171,19 +173,22 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
     try:
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an environment's older version
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an old id
             module, _, name = env_id.rpartition(":")
             if module:
                 importlib.import_module(module)
             if num_envs == 1 and not atari and name in gym.registry and gym.registry[name].entry_point:
-                options["vectorization_mode"] = "sync"  # one alone is faster than a vector implementation with one
+                options["vectorization_mode"] = "sync"  # faster than its own vector implementation, of one
             envs = gym.make_vec(env_id, num_envs, **options)
         if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
             raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
-        if args.capture_video and not evaluation:  # a missing package should show now, and not after the training
+        if args.capture_video and not evaluation:  # what cannot be rendered should show now, not after the training
             probe = gym.make(env_id, render_mode="rgb_array")
             probe.reset()
-            probe.render()
+            try:
+                probe.render()
+            except Exception as error:  # each renderer fails in its own way
+                raise UsageError(f"--capture-video: {args.env_id} cannot be rendered here: {error}") from error
             probe.close()
     except (gym.error.Error, ImportError) as error:
         install = " (pip install ale-py)" if atari and isinstance(error, ImportError) else ""
@@ -216,7 +221,7 @@ def mlp(input_size: int, hidden_sizes: tuple[int, ...], output_size: int, gain: 
 
 
 def numpy_mlp(network: nn.Sequential):
-    """An `mlp` with its weights of now as a function of arrays.
+    """An `mlp` as a function of arrays, to be made anew after each update.
 
     For the few rows of one step numpy takes a third of torch's time, and need not wait for a GPU.
     """
@@ -243,7 +248,7 @@ class Convolutions(nn.Sequential):
     """Those of Mnih et al. (2015), for images with their channels, the shortest axis, first or last."""
 
     def __init__(self, space: gym.spaces.Box):
-        self.channels_last = space.shape[2] < space.shape[0]
+        self.channels_last = space.shape[2] < space.shape[0]  # a plain bool may be set before super().__init__
         c1 = nn.Conv2d(space.shape[2 if self.channels_last else 0], 32, kernel_size=8, stride=4)
         c2, c3 = nn.Conv2d(32, 64, kernel_size=4, stride=2), nn.Conv2d(64, 64, kernel_size=3, stride=1)
         layers = [layer for conv in (c1, c2, c3) for layer in (layer_init(conv), nn.ReLU())]
@@ -284,7 +289,7 @@ class Agent(nn.Module):
         return self.q(self.features(obs))
 
     def policy(self):
-        """argmax_a Q(s, a) with the weights of now, as a function of arrays: obs to actions, shape (B,)."""
+        """argmax_a Q(s, a) as a function of arrays, obs to actions of shape (B,), to be made anew after each update."""
         if self.is_image:
 
             def q(obs):
@@ -299,11 +304,11 @@ class Agent(nn.Module):
 class ReplayBuffer:
     """The last transitions (s, a, r, s', terminated) of N environments, in a ring that stores every frame once.
 
-    A place of the ring holds an observation and what was done there; s' is what the same environment stores next. The
-    step that only resets leads from the end of an episode to the start of the next: no transition, and never sampled.
-    Of an image with channels first, taken for stacked frames, only the newest frame is stored if the others are those
-    of the observation before. So a million Atari transitions take 7.1 GB (56 GB with both stacks of each); an image
-    that is no such stack takes a place for each of its channels.
+    A place of the ring holds an observation and what was done there; `next_place` says where s' is, the one that the
+    same environment stores next. The step that only resets leads from the end of an episode to the start of the next:
+    no transition, and never sampled. Of an image with channels first, taken for stacked frames, only the newest frame
+    is stored if the others are those of the observation before. So a million Atari transitions take 7.1 GB (56 GB with
+    both stacks of each); an image that is no such stack takes a place for each of its channels.
 
     size: places, of all environments together. A UsageError if they take more memory than is free.
     """
@@ -374,9 +379,9 @@ def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
 def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     """Returns of `args.eval_episodes` whole episodes of the deterministic policy.
 
-    They are played in batches, one in each environment, and all of a batch count: to take the first that end would
-    favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go beside the
-    checkpoint.
+    They are played in batches, one in each environment. Those that count are chosen by place: to take the first that
+    end would favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go
+    beside the checkpoint.
     """
     num_envs, returns = 1 if args.capture_video else min(args.eval_episodes, 16), []
     video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
@@ -408,7 +413,8 @@ def load_checkpoint(path: str | Path, **modules) -> dict:
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        _ = Args(**checkpoint["args"]), checkpoint["global_step"], checkpoint["rng"]  # raises if one is missing
+        Args(**checkpoint["args"])  # raises if these are not the arguments of this file
+        checkpoint["global_step"], checkpoint["rng"]  # … or one of these is missing
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint
@@ -464,10 +470,10 @@ class Run:
 
     def log_rollout(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
         """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
-        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns and lengths so far
+        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns, lengths so far …
         for t, n in np.argwhere(ended):
             episodic_return, length = totals[:, t, n]
-            totals[:, t:, n] -= [[episodic_return], [length]]  # the next episode counts from here
+            totals[:, t:, n] -= [[episodic_return], [length]]  # … of this episode: the next counts from here
             step = self.global_step + (t + 1) * ended.shape[1]
             self.writer.add_scalar("charts/episodic_return", episodic_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
@@ -478,8 +484,7 @@ class Run:
         for name, value in scalars.items():
             if not math.isfinite(value):  # must not get into the checkpoint
                 self.fail(f"{name} is {value} at step {self.global_step}; a lower --learning-rate may help")
-        points = 1000  # are enough for a curve
-        if (self.global_step * points) % self.args.total_timesteps < ended.size * points:
+        if self.global_step % max(self.args.total_timesteps // 1000, 1) < ended.size:  # 1000 points make a curve
             sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
             for name, value in {**scalars, "charts/SPS": sps}.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -522,7 +527,7 @@ class Run:
         self.save()
         if self.interrupted:
             self.stop()
-        self.bar.total = self.bar.n  # what is left of the budget is less than an update
+        self.bar.total = self.bar.n  # the rest of the budget is too short for an update
         self.bar.close()
         try:
             for signum in (signal.SIGINT, signal.SIGTERM):
@@ -586,7 +591,7 @@ def train(args: Args) -> Agent:
             actions = random_actions[t] if explore[t].all() else np.where(explore[t], random_actions[t], act(obs))
             obs, rewards[t], terminated, truncated, _ = envs.step(agent.to_env(actions))
             obs = obs.astype(agent.obs_dtype, copy=False)
-            valid[t] = ~ended[t - 1]  # row -1 is still the last of the steps before
+            valid[t] = ~ended[t - 1]  # row -1 is, until it is overwritten, the last of the steps before
             rewards[t] *= valid[t]
             buffer.add(actions, rewards[t], terminated, obs, valid[t])
             ended[t] = terminated | truncated

@@ -9,10 +9,10 @@ expected return needs no model of the environment, only samples:
     reward-to-go   Φ_t = R_t = Σ_{k≥t} γ^{k-t} r_k      … only for what came after it, which is all it can change
     baseline       Φ_t = R_t - V(s_t)                   … and only for how that differs from the usual in this state
 
-What each leaves out adds nothing to g on average, only noise. So with γ = 1 all three follow the same gradient; what
-falls from one to the next is its variance, and with it the number of episodes that it takes to learn. (With γ < 1 the
-last two lack a factor γ^t, as in nearly every implementation: late steps count for more than in the gradient of
-E[R(τ)].) V is a network too, fitted to the returns R_t by regression.
+What one has and the next has not adds nothing to g on average, only noise. So with γ = 1 all three follow the same
+gradient; what falls from one to the next is its variance, and with it the number of episodes that it takes to learn.
+(With γ < 1 the last two lack a factor γ^t, as in nearly every implementation: late steps count for more than in the
+gradient of E[R(τ)].) V is a network too, fitted to the returns R_t by regression.
 
 R. J. Williams: Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning, Machine
 Learning 8, 1992. R. S. Sutton, A. G. Barto: Reinforcement Learning, 2nd edition, 2018, chapter 13.
@@ -79,7 +79,7 @@ class Args:
     critic_updates: int = 10  # epochs of the critic's regression on the returns of each update (baseline only)
     num_minibatches: int = 1  # minibatches per epoch of the regression (baseline only)
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
-    norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
+    norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10 (biases g)
 
     def __post_init__(self):
         limits = (
@@ -94,7 +94,7 @@ class Args:
         for names, low, high in limits:
             for name in names.split():
                 for value in np.atleast_1d(getattr(self, name)):
-                    if value is not None and not low <= value <= high:  # so that NaN is refused, too
+                    if value is not None and not low <= value <= high:  # NaN fails this, too
                         raise UsageError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
         if self.evaluate and (self.resume or self.eval_episodes == 0):
             raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
@@ -110,10 +110,10 @@ def parse_args() -> Args:
     def checkpoint_path(resume: str = "", evaluate: str = "") -> str:
         return resume or evaluate
 
-    box = io.StringIO()  # tyro complains in a box of several lines; the user gets the sentence at its top
+    box = io.StringIO()  # tyro complains in a drawn box: what is above its first inner line becomes one sentence
     try:
         with contextlib.redirect_stderr(box):
-            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)  # a first look
+            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)  # sets the defaults
             default = Args(**load_checkpoint(path)["args"]) if path else Args()
             return tyro.cli(Args, default=default, description=__doc__)
     except SystemExit as stop:
@@ -139,7 +139,8 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off scree
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder: Path | None = None):
     """Make a vector environment that resets on the next step and has Box observations (other spaces are flattened).
 
-    For evaluation Atari's rewards are not clipped. With `video_folder` every episode is written there as mp4.
+    Atari's rewards are clipped to ±1 in training, and so in its curves, but not in evaluation. With `video_folder`
+    every episode is written there as mp4.
     """
     atari = args.env_id.split(":")[-1].startswith("ALE/")
     env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id
@@ -156,19 +157,22 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
     try:
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an environment's older version
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an old id
             module, _, name = env_id.rpartition(":")
             if module:
                 importlib.import_module(module)
             if num_envs == 1 and not atari and name in gym.registry and gym.registry[name].entry_point:
-                options["vectorization_mode"] = "sync"  # one alone is faster than a vector implementation with one
+                options["vectorization_mode"] = "sync"  # faster than its own vector implementation, of one
             envs = gym.make_vec(env_id, num_envs, **options)
         if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
             raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
-        if args.capture_video and not evaluation:  # a missing package should show now, and not after the training
+        if args.capture_video and not evaluation:  # what cannot be rendered should show now, not after the training
             probe = gym.make(env_id, render_mode="rgb_array")
             probe.reset()
-            probe.render()
+            try:
+                probe.render()
+            except Exception as error:  # each renderer fails in its own way
+                raise UsageError(f"--capture-video: {args.env_id} cannot be rendered here: {error}") from error
             probe.close()
     except (gym.error.Error, ImportError) as error:
         install = " (pip install ale-py)" if atari and isinstance(error, ImportError) else ""
@@ -201,7 +205,7 @@ def mlp(input_size: int, hidden_sizes: tuple[int, ...], output_size: int, gain: 
 
 
 def numpy_mlp(network: nn.Sequential):
-    """An `mlp` with its weights of now as a function of arrays.
+    """An `mlp` as a function of arrays, to be made anew after each update.
 
     For the few rows of one step numpy takes a third of torch's time, and need not wait for a GPU.
     """
@@ -228,7 +232,7 @@ class Convolutions(nn.Sequential):
     """Those of Mnih et al. (2015), for images with their channels, the shortest axis, first or last."""
 
     def __init__(self, space: gym.spaces.Box):
-        self.channels_last = space.shape[2] < space.shape[0]
+        self.channels_last = space.shape[2] < space.shape[0]  # a plain bool may be set before super().__init__
         c1 = nn.Conv2d(space.shape[2 if self.channels_last else 0], 32, kernel_size=8, stride=4)
         c2, c3 = nn.Conv2d(32, 64, kernel_size=4, stride=2), nn.Conv2d(64, 64, kernel_size=3, stride=1)
         layers = [layer for conv in (c1, c2, c3) for layer in (layer_init(conv), nn.ReLU())]
@@ -247,7 +251,7 @@ class BoxScale:
     """
 
     def __init__(self, space: gym.spaces.Box):
-        with np.errstate(over="ignore"):  # bounds so far apart that their distance overflows are no bounds
+        with np.errstate(over="ignore"):  # the largest floats as bounds are none
             bounded = np.isfinite(space.high - space.low)
         low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
         self.space, self.centre, self.half_range = space, (low + high) / 2, (high - low) / 2
@@ -325,8 +329,8 @@ class Agent(nn.Module):
         return ((obs - self.obs_stats.mean) * (self.obs_stats.var + 1e-8).rsqrt()).clamp(-10, 10)
 
     def policy(self):
-        """π with the weights of now, as a function of arrays: act(obs, noise) gives actions a ~ π(·|s), act(obs) the
-        mode or mean of π; of shape (B,) if Discrete, else (B, num_actions). Vectors stay in numpy.
+        """π as a function of arrays, to be made anew after each update: act(obs, noise) samples a ~ π(·|s), act(obs) is
+        the mode or mean. Actions have shape (B,) if Discrete, else (B, num_actions).
         """
         actor = numpy_mlp(self.actor)
         if self.obs_stats is not None:
@@ -396,9 +400,9 @@ def fit_critic(agent: Agent, optimizer, obs: torch.Tensor, returns: torch.Tensor
 def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
     """Returns of `args.eval_episodes` whole episodes of the deterministic policy.
 
-    They are played in batches, one in each environment, and all of a batch count: to take the first that end would
-    favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go beside the
-    checkpoint.
+    They are played in batches, one in each environment. Those that count are chosen by place: to take the first that
+    end would favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go
+    beside the checkpoint.
     """
     num_envs, returns = 1 if args.capture_video else min(args.eval_episodes, 16), []
     video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
@@ -430,7 +434,8 @@ def load_checkpoint(path: str | Path, **modules) -> dict:
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        _ = Args(**checkpoint["args"]), checkpoint["global_step"], checkpoint["rng"]  # raises if one is missing
+        Args(**checkpoint["args"])  # raises if these are not the arguments of this file
+        checkpoint["global_step"], checkpoint["rng"]  # … or one of these is missing
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint
@@ -486,10 +491,10 @@ class Run:
 
     def log_rollout(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
         """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
-        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns and lengths so far
+        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns, lengths so far …
         for t, n in np.argwhere(ended):
             episodic_return, length = totals[:, t, n]
-            totals[:, t:, n] -= [[episodic_return], [length]]  # the next episode counts from here
+            totals[:, t:, n] -= [[episodic_return], [length]]  # … of this episode: the next counts from here
             step = self.global_step + (t + 1) * ended.shape[1]
             self.writer.add_scalar("charts/episodic_return", episodic_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
@@ -500,8 +505,7 @@ class Run:
         for name, value in scalars.items():
             if not math.isfinite(value):  # must not get into the checkpoint
                 self.fail(f"{name} is {value} at step {self.global_step}; a lower --learning-rate may help")
-        points = 1000  # are enough for a curve
-        if (self.global_step * points) % self.args.total_timesteps < ended.size * points:
+        if self.global_step % max(self.args.total_timesteps // 1000, 1) < ended.size:  # 1000 points make a curve
             sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
             for name, value in {**scalars, "charts/SPS": sps}.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -544,7 +548,7 @@ class Run:
         self.save()
         if self.interrupted:
             self.stop()
-        self.bar.total = self.bar.n  # what is left of the budget is less than an update
+        self.bar.total = self.bar.n  # the rest of the budget is too short for an update
         self.bar.close()
         try:
             for signum in (signal.SIGINT, signal.SIGTERM):

@@ -145,7 +145,7 @@ def markdown(table: pd.DataFrame) -> str:
     """results.csv as a Markdown table."""
     lines = [
         "Mean ± standard deviation over the seeds of the mean return of 30 episodes of the final deterministic policy;",
-        "interquartile mean with a 95 % bootstrap interval; the best published figure (**bold**: ours is at or above it).",
+        "interquartile mean with a 95 % bootstrap interval; best published figure (**bold**: ours is at least that).",
         "Steps/s: as many runs side by side as the machine has cores, one thread each. More in report.py.",
         "",
         "| environment | algorithm | seeds | return | IQM | published | steps | seconds | steps/s | commit |",

@@ -96,43 +96,6 @@ def test_other_action_spaces_are_refused():
 # ---- the noise
 
 
-@pytest.mark.parametrize(("sigma", "theta"), [(0.3, 0.15), (2.0, 0.5)])
-def test_ornstein_uhlenbeck_noise_has_its_deviation_and_correlations(sigma, theta):
-    process, rng, N = ddpg.OrnsteinUhlenbeck(300, 2, sigma, theta), np.random.default_rng(0), 300
-    x = np.array([process.sample(rng, np.zeros(N, bool)) for _ in range(260)])[60:]
-    assert x.shape == (200, N, 2)
-    assert x.mean() == pytest.approx(0, abs=0.02 * sigma)
-    assert x.std((0, 1)) == pytest.approx([sigma, sigma], rel=0.02)
-    for k in (1, 2, 5, 20):
-        correlation = (x[k:] * x[:-k]).mean() / sigma**2
-        assert correlation == pytest.approx((1 - theta) ** k, abs=0.03)
-    assert (x[..., 0] * x[..., 1]).mean() / sigma**2 == pytest.approx(0, abs=0.03)  # of axes
-    assert (x[:, 1:] * x[:, :-1]).mean() / sigma**2 == pytest.approx(0, abs=0.03)  # of environments
-
-
-def test_theta_is_015_unless_told_otherwise():
-    one, other = (ddpg.OrnsteinUhlenbeck(5, 2, 0.2, *theta) for theta in ((), (0.15,)))
-    rngs = [np.random.default_rng(0), np.random.default_rng(0)]
-    for _ in range(3):
-        samples = [process.sample(rng, np.zeros(5, bool)) for process, rng in zip((one, other), rngs, strict=True)]
-        np.testing.assert_array_equal(*samples)
-
-
-def test_ornstein_uhlenbeck_noise_starts_from_zero_in_each_episode():
-    N, sigma, theta = 4000, 0.3, 0.15
-    process, rng = ddpg.OrnsteinUhlenbeck(N, 1, sigma, theta), np.random.default_rng(0)
-    step = sigma * np.sqrt(1 - (1 - theta) ** 2)
-    assert process.sample(rng, np.zeros(N, bool)).std() == pytest.approx(step, rel=0.05)
-    for _ in range(50):
-        before = process.sample(rng, np.zeros(N, bool))[:, 0].copy()
-    started = np.arange(N) < N // 2
-    after = process.sample(rng, started)[:, 0]
-    assert after[started].std() == pytest.approx(step, rel=0.05)
-    assert np.corrcoef(before[started], after[started])[0, 1] == pytest.approx(0, abs=0.08)
-    assert after[~started].std() == pytest.approx(sigma, rel=0.05)
-    assert np.corrcoef(before[~started], after[~started])[0, 1] == pytest.approx(1 - theta, abs=0.05)
-
-
 @pytest.mark.parametrize("noise", ["gaussian", "ou"])
 def test_the_noise_of_each_environment_is_in_units_of_half_the_range_and_follows_its_process(
     noise, monkeypatch, tmp_path

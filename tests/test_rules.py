@@ -19,7 +19,7 @@ from conftest import ALGOS, EVAL_LINE, PPO, budget, load, read_events, run_insid
 
 from tests.odd_envs import UNFIT_ACTIONS, UNFIT_OBSERVATIONS
 
-MAX_LINES = 768  # the aim is 400; the command line, checkpoints and all kinds of spaces take the rest
+MAX_LINES = 774  # the aim is 400; the command line, checkpoints and all kinds of spaces take the rest
 MAX_OWN_LINES = 235  # outside of the shared blocks
 MAX_HEART_LINES = 80  # from the first action of a rollout to the optimizer's step
 PACKAGES = {"torch", "numpy", "gymnasium", "tyro", "tqdm", "psutil"}
