@@ -88,11 +88,13 @@ is_of() { [[ -f $RUNS/$1/log.txt && $(head -n 1 "$RUNS/$1/log.txt") == *" $2" ]]
 finished() { is_of "$1" "$2" && [[ $(tail -n 1 "$RUNS/$1/log.txt") == eval:* ]]; }
 
 train() { # name, command
-  local folder=$RUNS/$1 checkpoint
+  local folder=$RUNS/$1 checkpoint commit
   checkpoint=$(ls "$folder"/*/checkpoint.pt 2>/dev/null || true)
   if [[ $checkpoint ]] && is_of "$1" "$2"; then
     ${2%% --env-id*} --resume "$checkpoint" >>"$folder/log.txt" 2>&1 || true
   else
+    commit=$(git log -1 --format=%h -- algos benchmark.sh 2>/dev/null || echo unknown)
+    git diff --quiet HEAD -- algos benchmark.sh 2>/dev/null || commit+=+ # changes that are not committed
     rm -rf "$folder"
     mkdir -p "$folder"
     echo "$commit $2" >"$folder/log.txt"
@@ -122,8 +124,6 @@ elif [[ $# != 0 ]]; then
   exit 2
 fi
 
-commit=$(git log -1 --format=%h -- algos benchmark.sh 2>/dev/null || echo unknown)
-git diff --quiet HEAD -- algos benchmark.sh 2>/dev/null || commit+=+ # uncommitted changes
 set -m # each run is a process group, so that a Ctrl-C reaches it once, from `stop`
 trap stop INT TERM
 for i in "${!names[@]}"; do

@@ -4,7 +4,7 @@
 
 reads the TensorBoard logs of RUNS_FOLDER/ENV__NAME__SEED/ (made by benchmark.sh) and writes to RESULTS_FOLDER
 
-    results.csv, results.md    a row per environment and algorithm
+    results.csv, results.md    a row per environment and algorithm; an overview, also in the README.md beside the folder
     curves.csv                 the learning curves: a row per window of environment steps, mean and std over seeds
     ENV.png                    the curves of every algorithm, against steps and against seconds
     reinforce-weights.png      the three weights of REINFORCE: their curves, and the variance of the gradient
@@ -141,25 +141,48 @@ def update(path: Path, new: pd.DataFrame) -> pd.DataFrame:
     return new
 
 
-def markdown(table: pd.DataFrame) -> str:
+def score(row, digits: int) -> str:
+    """Mean ± standard deviation, bold where the mean is at least the published figure."""
+    text = f"{row.mean:.{digits}f} ± {row.std:.{digits}f}"
+    return f"**{text}**" if row.mean >= row.published else text
+
+
+def markdown_rows(rows: list[list]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *others = ("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *others]) + "\n"
+
+
+def overview(table: pd.DataFrame) -> str:
+    """A row per environment, a column per algorithm."""
+    rows = [["", *ALGORITHMS]]
+    for env_id, here in table.groupby("environment", sort=False):
+        cells = {row.algorithm: score(row, 0) for row in here.itertuples()}
+        rows.append([env_id, *(cells.get(name, "") for name in ALGORITHMS)])
+    commits = sorted({commit for commits in table.commit for commit in commits.split(", ")})
+    return (
+        f"{markdown_rows(rows)}\n"
+        f"Mean ± standard deviation over {table.seeds.max()} seeds of the return of the final deterministic policy.\n"
+        "Bold: at or above the best figure that we know of ([sources](benchmark/published.csv)).\n"
+        f"Made at {', '.join(commits)}.\n"
+    )
+
+
+def details(table: pd.DataFrame) -> str:
     """results.csv as a Markdown table."""
-    lines = [
-        "Mean ± standard deviation over the seeds of the mean return of 30 episodes of the final deterministic policy;",
-        "interquartile mean with a 95 % bootstrap interval; best published figure (**bold**: ours is at least that).",
-        "Steps/s: as many runs side by side as the machine has cores, one thread each. More in report.py.",
-        "",
-        "| environment | algorithm | seeds | return | IQM | published | steps | seconds | steps/s | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    rows = [
+        ["environment", "algorithm", "seeds", "return", "IQM", "published", "steps", "seconds", "steps/s", "commit"]
     ]
     for row in table.itertuples():
-        score = f"{row.mean:.1f} ± {row.std:.1f}"
-        score = f"**{score}**" if row.mean >= row.published else score
         interval = "" if np.isnan(row.iqm_low) else f" [{row.iqm_low:.1f}, {row.iqm_high:.1f}]"
         published = "" if np.isnan(row.published) else f"{row.published:.0f} ({row.source})"
-        cells = (row.environment, row.algorithm, row.seeds, score, f"{row.iqm:.1f}{interval}", published)
-        cells += (f"{row.steps:,}", f"{row.seconds:,.0f}", f"{row.steps_per_second:,}", row.commit)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+        cells = [row.environment, row.algorithm, row.seeds, score(row, 1), f"{row.iqm:.1f}{interval}", published]
+        rows.append([*cells, f"{row.steps:,}", f"{row.seconds:,.0f}", f"{row.steps_per_second:,}", row.commit])
+    return (
+        f"{markdown_rows(rows)}\n"
+        "IQM: interquartile mean with a 95 % bootstrap interval. Seconds and steps/s: of training, one thread per run.\n"
+        "What else the columns mean, and the sources: report.py.\n"
+    )
 
 
 def draw(axes: plt.Axes, curve: pd.DataFrame, x: str, label: str) -> None:
@@ -230,7 +253,12 @@ def main(runs_folder: Path, results_folder: Path) -> None:
     results_folder.mkdir(parents=True, exist_ok=True)
     table = update(results_folder / "results.csv", pd.concat(rows))
     curves = update(results_folder / "curves.csv", pd.concat(curves))
-    (results_folder / "results.md").write_text(markdown(table))
+    (results_folder / "results.md").write_text(f"{overview(table)}\n{details(table)}".replace("(benchmark/", "("))
+    readme = results_folder.parent / "README.md"
+    if readme.exists():
+        mark = "<!-- results -->\n"
+        before, _, after = readme.read_text().split(mark)
+        readme.write_text(f"{before}{mark}{overview(table)}{mark}{after}")
     for env_id in {env_id for env_id, _ in seeds}:
         here = table[(table.environment == env_id) & table.algorithm.isin(ALGORITHMS)]
         plot_environment(env_id, here, curves[curves.environment == env_id], results_folder / f"{env_id}.png")
