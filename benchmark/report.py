@@ -180,7 +180,7 @@ def details(table: pd.DataFrame) -> str:
         rows.append([*cells, f"{row.steps:,}", f"{row.seconds:,.0f}", f"{row.steps_per_second:,}", row.commit])
     return (
         f"{markdown_rows(rows)}\n"
-        "IQM: interquartile mean with a 95 % bootstrap interval. Seconds and steps/s: of training, one thread per run.\n"
+        "IQM: interquartile mean with a 95 % bootstrap interval. Seconds and steps/s: of training, a thread per run.\n"
         "What else the columns mean, and the sources: report.py.\n"
     )
 

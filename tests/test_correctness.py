@@ -94,7 +94,7 @@ def test_running_mean_and_variance_are_those_of_all_rows():
     rng = np.random.default_rng(0)
     for shape in ((), (3,)):
         stats = ppo.RunningMeanStd(*shape)
-        batches = [rng.normal(5, 1 + k, (size, *shape)).astype(np.float32) for k, size in enumerate((200, 1, 50, 7))]
+        batches = [rng.normal(100, 1 + k, (size, *shape)).astype(np.float32) for k, size in enumerate((200, 1, 50, 7))]
         for batch in batches:
             stats.update(torch.as_tensor(batch))
         rows = np.concatenate(batches)
@@ -140,6 +140,13 @@ def test_box_actions_follow_the_gaussian_and_without_noise_are_its_mean():
     torch.testing.assert_close((actions.mean(0) - mean) / std, torch.zeros(3), atol=0.02, rtol=0)
     torch.testing.assert_close(actions.T.cov() / torch.outer(std, std), torch.eye(3), atol=0.03, rtol=0)
     torch.testing.assert_close(torch.as_tensor(act(obs.numpy()))[0], mean)
+
+
+def test_the_first_standard_deviation_is_the_one_asked_for():
+    agent = ppo.Agent(VECTOR, spaces.Box(-9, 9, (2,)), ppo.Args(log_std_init=-1.5))
+    assert agent.noise(np.random.default_rng(0), 20_000).std(0) == pytest.approx(math.exp(-1.5), rel=0.02)
+    assert agent.log_std.requires_grad
+    assert ppo.Args().log_std_init == 0
 
 
 @pytest.mark.parametrize("obs_space", [VECTOR, spaces.Box(-9, 9, (2, 4)), spaces.Box(0, 255, (40, 40, 3), np.uint8)])
