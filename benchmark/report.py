@@ -214,7 +214,7 @@ def plot_environment(env_id: str, table: pd.DataFrame, curves: pd.DataFrame, pat
     style(by_steps, "environment steps", "episodic return")
     by_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
     style(by_seconds, "seconds of training (one core)", xscale="log")
-    figure.suptitle(f"{env_id}, mean and standard deviation of {table.seeds.max()} seeds")
+    figure.suptitle(f"{env_id}: mean and standard deviation of {table.seeds.max()} seeds; dots: final evaluation")
     handles, labels = by_steps.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, title="evaluation")
     figure.savefig(path, dpi=150)
@@ -226,13 +226,15 @@ def plot_weights(curves: pd.DataFrame, path: Path) -> None:
     figure, (returns, variance) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for name, label in zip(WEIGHTS, ("baseline", "reward-to-go", "total-return"), strict=True):
         curve = curves[curves.algorithm == name]
+        if curve.empty:
+            continue
         draw(returns, curve, "steps", label)
         variance.plot(curve.steps, curve.gradient_variance, color=COLOURS[name], linewidth=1.8)
     style(returns, "environment steps", "episodic return")
     style(variance, "environment steps", "variance of the gradient", yscale="log")
     for axes in (returns, variance):
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.suptitle("REINFORCE on CartPole-v1 with each --weight")
+    figure.suptitle("REINFORCE on CartPole-v1 with each --weight: mean and standard deviation of the seeds")
     figure.legend(*returns.get_legend_handles_labels(), loc="outside right center", frameon=False, title="weight")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -262,8 +264,9 @@ def main(runs_folder: Path, results_folder: Path) -> None:
     for env_id in {env_id for env_id, _ in seeds}:
         here = table[(table.environment == env_id) & table.algorithm.isin(ALGORITHMS)]
         plot_environment(env_id, here, curves[curves.environment == env_id], results_folder / f"{env_id}.png")
-    if any(name in WEIGHTS for _, name in seeds):
-        plot_weights(curves[curves.environment == "CartPole-v1"], results_folder / "reinforce-weights.png")
+    weights = curves[(curves.environment == "CartPole-v1") & curves.algorithm.isin(WEIGHTS)]
+    if len(weights):
+        plot_weights(weights, results_folder / "reinforce-weights.png")
     print(f"{results_folder}/results.md: {len(table)} rows, {len(rows)} of them new")
 
 
