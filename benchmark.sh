@@ -21,8 +21,7 @@ export OMP_NUM_THREADS=1  # several runs side by side are faster so
 export TQDM_MININTERVAL=10 # seconds between two lines of progress in the logs
 
 experiments() { # algorithm, environment, steps, settings that differ from the algorithm's defaults
-  # what most MuJoCo settings below begin with; the standard deviation of the policy at the start matters most
-  local rollout="--num-envs 1 --num-steps 2048 --norm-obs --norm-reward" lander="--num-envs 16 --num-steps 1024"
+  local rollout="--num-envs 1 --num-steps 2048 --norm-obs --norm-reward" # PPO's and TRPO's for MuJoCo
 
   experiment reinforce CartPole-v1 400000
   experiment reinforce CartPole-v1 400000 --exp-name reinforce-reward-to-go --weight reward-to-go
@@ -40,18 +39,18 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
 
   experiment reinforce LunarLander-v3 1500000 --norm-weight --norm-obs --norm-reward
   experiment a2c  LunarLander-v3 1000000 --num-steps 8 --learning-rate 1e-3 --gamma 0.995 --ent-coef 1e-3 --norm-obs --norm-reward
-  experiment ppo  LunarLander-v3 1000000 $lander --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
+  experiment ppo  LunarLander-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
   experiment trpo LunarLander-v3 1500000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward
   experiment dqn  LunarLander-v3 300000 --hidden-sizes 256 256 --learning-rate 6e-4 --exploration-fraction 0.15 --buffer-size 300000
 
-  experiment a2c  Pendulum-v1 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.9 --gae-lambda 0.9 --norm-obs --norm-reward
+  experiment a2c  Pendulum-v1 1000000 --num-steps 8 --gamma 0.9 --gae-lambda 0.9 --norm-obs --norm-reward
   experiment ppo  Pendulum-v1 100000 --num-envs 4 --num-steps 1024 --num-minibatches 64 --learning-rate 1e-3 --no-anneal-lr --gamma 0.9 --gae-lambda 0.95
   experiment trpo Pendulum-v1 200000 --num-envs 4 --num-steps 512 --gamma 0.9 --critic-updates 15
   experiment ddpg Pendulum-v1 20000
 
   experiment reinforce LunarLanderContinuous-v3 1500000 --norm-weight --norm-obs --norm-reward
   experiment a2c  LunarLanderContinuous-v3 1000000 --num-steps 8 --learning-rate 1e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward
-  experiment ppo  LunarLanderContinuous-v3 1000000 $lander --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
+  experiment ppo  LunarLanderContinuous-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
   experiment trpo LunarLanderContinuous-v3 500000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward --log-std-init -1
   experiment ddpg LunarLanderContinuous-v3 200000 --gamma 0.99 --hidden-sizes 128 128 --batch-size 128
 
@@ -79,7 +78,7 @@ experiment() {
   shift 3
   [[ ${1:-} == --exp-name ]] && exp_name=$2
   for ((seed = 1; seed <= SEEDS; seed++)); do
-    names+=("${env}__${exp_name}__$seed")
+    names+=("${env//[\/:]/-}__${exp_name}__$seed") # as the run folders: ALE/Pong-v5 is ALE-Pong-v5
     commands+=("python algos/$algo.py --env-id $env --total-timesteps $steps${*:+ $*} --seed $seed --eval-episodes 30")
   done
 }
@@ -116,7 +115,10 @@ if [[ ${#names[@]} == 0 ]]; then
   echo "error: no experiment with ALGOS=\"$ALGOS\" ENVS=\"$ENVS\"" >&2
   exit 2
 fi
-if [[ ${1:-} == --dry-run ]]; then
+if [[ ${1:-} == --help ]]; then
+  sed -n '2,/^set/ s/^# \{0,1\}//p' "$0"
+  exit
+elif [[ ${1:-} == --dry-run ]]; then
   printf '%s\n' "${commands[@]}"
   exit
 elif [[ $# != 0 ]]; then
