@@ -133,7 +133,7 @@ def update(path: Path, new: pd.DataFrame) -> pd.DataFrame:
     """Write `new` to a CSV file, in which the rows of other environments and algorithms stay; return all its rows."""
     key = ["environment", "algorithm"]
     if path.exists():
-        old = pd.read_csv(path)
+        old = pd.read_csv(path, dtype={"commit": str})  # not 12e4567, a number
         new = pd.concat([old[~old.set_index(key).index.isin(new.set_index(key).index)], new])
     order = {name: i for i, name in enumerate([*PUBLISHED.environment, *COLOURS])}
     new = new.sort_values(key, key=lambda column: column.map(order), kind="stable")  # what is not in it comes last

@@ -134,6 +134,7 @@ def test_a_real_run_that_is_cut_goes_on_and_is_reported(tmp_path):
         "ALGOS": "ppo",
         "ENVS": "CartPole-v1",
         "SEEDS": "1",
+        "SCALE": "0.5",
         "RUNS": f"{tmp_path}/runs",
         "RESULTS": f"{tmp_path}/results",
     }
@@ -178,7 +179,7 @@ def write_run(
         writer.add_scalar("eval/episodic_return", value, 10 * len(returns) + episode)
     writer.close()
     (folder / "checkpoint.pt").touch()
-    (folder.parent / "log.txt").write_text("abc1234 python algos/x.py\neval: mean_return=\n")
+    (folder.parent / "log.txt").write_text("12e4567 python algos/x.py\neval: mean_return=\n")
 
 
 def test_report_of_known_numbers(tmp_path):
@@ -187,9 +188,8 @@ def test_report_of_known_numbers(tmp_path):
     write_run(runs, "Hopper-v5", "ppo", 2, np.arange(100) + 2, [4000, 4010, 4020, 4030])
     report.main(runs, results)
 
-    table = pd.read_csv(results / "results.csv")
-    (row,) = table.itertuples()
-    assert (row.environment, row.algorithm, row.seeds, row.commit) == ("Hopper-v5", "ppo", 2, "abc1234")
+    (row,) = pd.read_csv(results / "results.csv", dtype={"commit": str}).itertuples()
+    assert (row.environment, row.algorithm, row.seeds, row.commit) == ("Hopper-v5", "ppo", 2, "12e4567")
     assert (row.mean, row.std) == (2015, 2000)  # of 15 and 4015
     assert row.iqm == np.mean([20, 30, 4000, 4010])  # the quarter at either end is left out
     assert (row.iqm_low, row.iqm_high) == (15, 4015)  # a draw of one seed twice is among the 95 %
@@ -205,7 +205,7 @@ def test_report_of_known_numbers(tmp_path):
 
     text = (results / "results.md").read_text()
     assert (
-        "| Hopper-v5 | ppo | 2 | 2015.0 ± 2000.0 | 2015.0 [15.0, 4015.0] | 2410 (zoo) | 1,000 | 100 | 10 | abc1234 |"
+        "| Hopper-v5 | ppo | 2 | 2015.0 ± 2000.0 | 2015.0 [15.0, 4015.0] | 2410 (zoo) | 1,000 | 100 | 10 | 12e4567 |"
         in text
     )
     assert (results / "Hopper-v5.png").stat().st_size > 10_000
@@ -224,7 +224,7 @@ def test_report_keeps_what_it_has_no_runs_of(tmp_path):
         write_run(runs, "CartPole-v1", weight, 1, np.ones(60), [500])
     report.main(runs, results)
 
-    table = pd.read_csv(results / "results.csv")
+    table = pd.read_csv(results / "results.csv", dtype={"commit": str})
     means = {(row.environment, row.algorithm): row.mean for row in table.itertuples()}
     weights = {("CartPole-v1", weight): 500 for weight in report.WEIGHTS}
     assert means == {("CartPole-v1", "a2c"): 400, ("CartPole-v1", "trpo"): 500, ("Acrobot-v1", "ppo"): -80} | weights
@@ -237,6 +237,7 @@ def test_report_keeps_what_it_has_no_runs_of(tmp_path):
     assert (curves[curves.algorithm.isin(report.WEIGHTS)].gradient_variance == 7).all()
     assert "**500.0 ± 0.0**" in (results / "results.md").read_text()  # at the published figure
     assert "| 400.0 ± 0.0" in (results / "results.md").read_text()  # below it
+    assert set(table.commit) == {"12e4567"}  # not read as a number when the rows of before were kept
     assert (results / "reinforce-weights.png").exists()
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert lines[:3] == ["before", "<!-- results -->", "|  | reinforce | a2c | ppo | trpo | dqn | ddpg |"]
