@@ -5,18 +5,25 @@
 #   ./benchmark.sh                                     everything
 #   ./benchmark.sh --dry-run                           only print the commands
 #   ALGOS="ppo trpo" ENVS=Hopper-v5 ./benchmark.sh     a part; the rest of the tables stays as it is
-#   SEEDS=1 SCALE=0.1 RESULTS=/tmp ./benchmark.sh      a quick look: one seed, a tenth of the steps
+#   SEEDS=1 SCALE=0.1 ./benchmark.sh                   a quick look: one seed, a tenth of the steps
 #
-# SEEDS    number of seeds (3)                     ALGOS, ENVS   what to run (all)
-# JOBS     runs side by side (the cores)           RUNS          folder of the runs (runs/benchmark)
-# SCALE    factor on the steps (1)                 RESULTS       folder of the tables and pictures (benchmark)
+# SEEDS          number of seeds (3)
+# JOBS           runs side by side (as many as there are cores)
+# ALGOS, ENVS    what to run (all)
+# SCALE          factor on the steps (1)
+# RUNS           folder of the runs (runs/benchmark, or runs/benchmark-SCALE)
+# RESULTS        folder of the tables and pictures (benchmark, or with another SCALE the folder of the runs)
 #
 # After Ctrl-C or a power cut start it again: finished runs are skipped, cut ones resumed, and those whose settings here
 # have changed start anew.
 set -euo pipefail
 cd "$(dirname "$0")"
-SEEDS=${SEEDS:-3} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)} SCALE=${SCALE:-1} ALGOS=${ALGOS:-} ENVS=${ENVS:-}
-RUNS=${RUNS:-runs/benchmark} RESULTS=${RESULTS:-benchmark}
+SEEDS=${SEEDS:-3} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)} ALGOS=${ALGOS:-} ENVS=${ENVS:-} SCALE=${SCALE:-1}
+if [[ $SCALE == 1 ]]; then
+  RUNS=${RUNS:-runs/benchmark} RESULTS=${RESULTS:-benchmark}
+else # a quick look must not replace the results of hours
+  RUNS=${RUNS:-runs/benchmark-$SCALE} RESULTS=${RESULTS:-$RUNS}
+fi
 export OMP_NUM_THREADS=1  # several runs side by side are faster so
 export TQDM_MININTERVAL=10 # seconds between two lines of progress in the logs
 

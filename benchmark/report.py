@@ -142,8 +142,8 @@ def update(path: Path, new: pd.DataFrame) -> pd.DataFrame:
 
 
 def score(row, digits: int) -> str:
-    """Mean ± standard deviation, bold where the mean is at least the published figure."""
-    text = f"{row.mean:.{digits}f} ± {row.std:.{digits}f}"
+    """Mean ± standard deviation, if there are several seeds; bold where the mean is at least the published figure."""
+    text = f"{row.mean:.{digits}f}" + (f" ± {row.std:.{digits}f}" if row.seeds > 1 else "")
     return f"**{text}**" if row.mean >= row.published else text
 
 
@@ -222,18 +222,20 @@ def plot_environment(env_id: str, table: pd.DataFrame, curves: pd.DataFrame, pat
 
 
 def plot_weights(curves: pd.DataFrame, path: Path) -> None:
-    """The three weights Φ of REINFORCE: learning curves, and the variance of the gradient that each leaves."""
+    """The three weights Φ of REINFORCE: learning curves, and the variance of the gradient that each leaves.
+
+    A better policy plays longer episodes, whose gradients vary more: only at the same return can they be compared.
+    """
     figure, (returns, variance) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for name, label in zip(WEIGHTS, ("baseline", "reward-to-go", "total-return"), strict=True):
         curve = curves[curves.algorithm == name]
         if curve.empty:
             continue
         draw(returns, curve, "steps", label)
-        variance.plot(curve.steps, curve.gradient_variance, color=COLOURS[name], linewidth=1.8)
+        variance.scatter(curve["mean"], curve.gradient_variance, color=COLOURS[name], s=14)
     style(returns, "environment steps", "episodic return")
-    style(variance, "environment steps", "variance of the gradient", yscale="log")
-    for axes in (returns, variance):
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    returns.xaxis.set_major_formatter(EngFormatter(sep=""))
+    style(variance, "episodic return at the time", "variance of the gradient", yscale="log")
     figure.suptitle("REINFORCE on CartPole-v1 with each --weight: mean and standard deviation of the seeds")
     figure.legend(*returns.get_legend_handles_labels(), loc="outside right center", frameon=False, title="weight")
     figure.savefig(path, dpi=150)

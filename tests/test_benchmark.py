@@ -53,7 +53,7 @@ def fake(tmp_path):
 
 
 def test_the_list_is_complete_and_its_flags_exist(fake, monkeypatch):
-    status, output, calls = fake("--dry-run", ENVS="", ALGOS="", SEEDS="2")
+    status, output, calls = fake("--dry-run", ENVS="", ALGOS="", SEEDS="2", SCALE="0.1")
     assert status == 0
     assert not calls
     commands = output.splitlines()
@@ -61,7 +61,7 @@ def test_the_list_is_complete_and_its_flags_exist(fake, monkeypatch):
     for command in commands:
         _, script, *flags = command.split()
         monkeypatch.setattr("sys.argv", [script, *flags])
-        args = load(ROOT / script).parse_args()  # refuses an unknown flag, or one out of range
+        args = load(ROOT / script).parse_args()  # refuses unknown flags, and budgets of less than an update
         experiments[args.env_id, args.exp_name] += 1
         assert args.seed == experiments[args.env_id, args.exp_name]
     assert set(experiments.values()) == {2}
@@ -235,13 +235,13 @@ def test_report_keeps_what_it_has_no_runs_of(tmp_path):
     assert (a2c["mean"] == 0).all()  # the new curve alone
     assert len(curves) == 6 * 50
     assert (curves[curves.algorithm.isin(report.WEIGHTS)].gradient_variance == 7).all()
-    assert "**500.0 ± 0.0**" in (results / "results.md").read_text()  # at the published figure
-    assert "| 400.0 ± 0.0" in (results / "results.md").read_text()  # below it
+    assert "| **500.0** |" in (results / "results.md").read_text()  # at the published figure
+    assert "| 400.0 |" in (results / "results.md").read_text()  # below it
     assert set(table.commit) == {"12e4567"}  # not read as a number when the rows of before were kept
     assert (results / "reinforce-weights.png").exists()
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert lines[:3] == ["before", "<!-- results -->", "|  | reinforce | a2c | ppo | trpo | dqn | ddpg |"]
-    assert "| CartPole-v1 | **500 ± 0** | 400 ± 0 |  | **500 ± 0** |  |  |" in lines
+    assert "| CartPole-v1 | **500** | 400 |  | **500** |  |  |" in lines
     assert lines[-2:] == ["<!-- results -->", "after"]
     assert "old" not in lines
 
@@ -268,3 +268,17 @@ def test_the_report_reads_what_a_training_writes(tmp_path):
     assert curve.steps.is_monotonic_increasing
     assert curve.seconds.is_monotonic_increasing
     assert curve["mean"].between(1, 500).all()
+
+
+def test_a_quick_look_does_not_replace_the_results(fake):
+    """Runs and results of another SCALE go to a folder of their own."""
+    scale = "0.0123"
+    folder = ROOT / f"runs/benchmark-{scale}"
+    try:
+        status, _, (call,) = fake(SCALE=scale, SEEDS="1", RUNS="")
+        assert status == 0
+        assert f"--log-dir runs/benchmark-{scale}/CartPole-v1__ppo__1" in call
+        report_call = (fake.folder / "calls").read_text().splitlines()[-1]
+        assert report_call == f"benchmark/report.py runs/benchmark-{scale} runs/benchmark-{scale}"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
