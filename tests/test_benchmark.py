@@ -5,6 +5,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -138,7 +139,8 @@ def test_a_real_run_that_is_cut_goes_on_and_is_reported(tmp_path):
         "RUNS": f"{tmp_path}/runs",
         "RESULTS": f"{tmp_path}/results",
     }
-    process = subprocess.Popen([ROOT / "benchmark.sh"], env=os.environ | knobs, stdout=subprocess.PIPE, text=True)
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | knobs
+    process = subprocess.Popen([ROOT / "benchmark.sh"], env=env, stdout=subprocess.PIPE, text=True)
     deadline = time.time() + 60
     while not list(tmp_path.glob("runs/*/*/checkpoint.pt")) and time.time() < deadline:
         time.sleep(0.05)
@@ -149,7 +151,7 @@ def test_a_real_run_that_is_cut_goes_on_and_is_reported(tmp_path):
     (log,) = tmp_path.glob("runs/*/log.txt")
     assert "stopped at step" in log.read_text()
 
-    result = subprocess.run([ROOT / "benchmark.sh"], env=os.environ | knobs, capture_output=True, text=True)
+    result = subprocess.run([ROOT / "benchmark.sh"], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert log.read_text().splitlines()[-1].startswith("eval: mean_return=")
     table = pd.read_csv(tmp_path / "results/results.csv").iloc[0]

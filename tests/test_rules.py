@@ -400,7 +400,8 @@ def test_kill(algo, tmp_path, launch):
         last_step, step = step, torch.load(path, weights_only=True)["global_step"]
         assert last_step < step < 1_000_000
         flags = f"--resume {path}"
-    finished = launch(algo, f"{flags} --total-timesteps {step + 1600}", tmp_path).stop().check()
+    flags += f" --total-timesteps {step + 1600} --checkpoint-interval 1000"
+    finished = launch(algo, flags, tmp_path).stop().check()
     assert torch.load(finished.folder / "checkpoint.pt", weights_only=True)["global_step"] == step + 1600
     assert not list(finished.folder.glob("*tmp*"))
 
