@@ -6,7 +6,8 @@
 prints a Markdown table. Each pair trains first ours, then theirs, each in a process of its own on one thread, with the
 same environments, network sizes, rollouts, minibatches and numbers of gradient steps, and with TensorBoard logs; the
 ratio is that of the two neighbours, because the speed of a machine drifts. Timed is the training from the making of the
-environments to the last step, without imports and evaluation. For figures to trust, let nothing else run.
+environments to the last step; of the start, the two seconds that torch takes for its first optimizer are in it, on
+both sides, imports and evaluation are not. For figures to trust, let nothing else run.
 """
 
 import argparse

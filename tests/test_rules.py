@@ -389,7 +389,7 @@ def test_resume(algo, tmp_path, launch):
 def test_kill(algo, tmp_path, launch):
     """Whenever a run is killed, the checkpoint is whole, and the run can go on to its end."""
     chance, step = random.Random(1), 0
-    flags = small(algo, "--checkpoint-interval 1 --total-timesteps 1000000")
+    flags = small(algo, f"--checkpoint-interval {budget(algo) // 4} --total-timesteps 1000000")
     for _ in range(6):
         run = launch(algo, flags, tmp_path)
         run.wait_for("return")
