@@ -64,17 +64,17 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment a2c  HalfCheetah-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gae-lambda 0.9 --norm-obs --norm-reward --log-std-init -1
   experiment ppo  HalfCheetah-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 --log-std-init -2
   experiment trpo HalfCheetah-v5 1000000 $rollout --gamma 0.98 --gae-lambda 0.92 --target-kl 0.02 --log-std-init -1
-  experiment ddpg HalfCheetah-v5 300000 --gamma 0.99 --learning-starts 10000
+  experiment ddpg HalfCheetah-v5 300000 --gamma 0.99 --batch-size 100 --learning-starts 10000
 
   experiment a2c  Hopper-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.99 --gae-lambda 0.9 --norm-obs --norm-reward
   experiment ppo  Hopper-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95
   experiment trpo Hopper-v5 1000000 $rollout --gae-lambda 0.97 --target-kl 0.02
-  experiment ddpg Hopper-v5 300000 --gamma 0.99 --learning-starts 10000
+  experiment ddpg Hopper-v5 300000 --gamma 0.99 --batch-size 100
 
   experiment a2c  Walker2d-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.99 --gae-lambda 0.9 --norm-obs --norm-reward
   experiment ppo  Walker2d-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95 --log-std-init -1
   experiment trpo Walker2d-v5 1000000 $rollout --target-kl 0.03 --log-std-init -1
-  experiment ddpg Walker2d-v5 300000 --gamma 0.99 --learning-starts 10000
+  experiment ddpg Walker2d-v5 300000 --gamma 0.99 --batch-size 100
 }
 
 names=() commands=()
@@ -86,7 +86,7 @@ experiment() {
   [[ ${1:-} == --exp-name ]] && exp_name=$2
   for ((seed = 1; seed <= SEEDS; seed++)); do
     names+=("${env//[\/:]/-}__${exp_name}__$seed") # as the run folders: ALE/Pong-v5 is ALE-Pong-v5
-    commands+=("python algos/$algo.py --env-id $env --total-timesteps $steps${*:+ $*} --seed $seed --eval-episodes 30")
+    commands+=("python algos/$algo.py --env-id $env --total-timesteps $steps${*:+ $*} --seed $seed --eval-episodes 100")
   done
 }
 
