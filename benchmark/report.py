@@ -14,7 +14,8 @@ made of the seeds that are there.
 
 What the columns mean:
 
-    mean, std              of the seeds' evaluations: each is the mean return of the deterministic policy's episodes
+    episodes               of the deterministic policy after training, each seed
+    mean, std              of the seeds' evaluations: each is the mean return of its episodes
     iqm, iqm_low, _high    interquartile mean over the episodes of all seeds, with a 95 % bootstrap interval that draws
                            whole seeds: they are what is independent (after R. Agarwal et al., 2021, arXiv:2108.13264).
                            With few seeds the interval is rough, with one there is none.
@@ -111,6 +112,7 @@ def summarise(folders: list[Path], env_id: str, name: str) -> tuple[pd.DataFrame
         "environment": env_id,
         "algorithm": name,
         "seeds": len(folders),
+        "episodes": len(evaluations[0]),
         "mean": means.mean(),
         "std": means.std(),
         "iqm": iqm,
@@ -170,14 +172,14 @@ def overview(table: pd.DataFrame) -> str:
 
 def details(table: pd.DataFrame) -> str:
     """results.csv as a Markdown table."""
-    rows = [
-        ["environment", "algorithm", "seeds", "return", "IQM", "published", "steps", "seconds", "steps/s", "commit"]
-    ]
+    columns = "environment algorithm seeds episodes return IQM published steps seconds steps/s commit"
+    rows = [columns.split()]
     for row in table.itertuples():
         interval = "" if np.isnan(row.iqm_low) else f" [{row.iqm_low:.1f}, {row.iqm_high:.1f}]"
         published = "" if np.isnan(row.published) else f"{row.published:.0f} ({row.source})"
-        cells = [row.environment, row.algorithm, row.seeds, score(row, 1), f"{row.iqm:.1f}{interval}", published]
-        rows.append([*cells, f"{row.steps:,}", f"{row.seconds:,.0f}", f"{row.steps_per_second:,}", row.commit])
+        cells = [row.environment, row.algorithm, row.seeds, row.episodes, score(row, 1), f"{row.iqm:.1f}{interval}"]
+        cells += [published, f"{row.steps:,}", f"{row.seconds:,.0f}", f"{row.steps_per_second:,}", row.commit]
+        rows.append(cells)
     return (
         f"{markdown_rows(rows)}\n"
         "IQM: interquartile mean with a 95 % bootstrap interval. Seconds and steps/s: of training, a thread per run.\n"

@@ -30,7 +30,7 @@ if [[ $args == *--log-dir* ]]; then
   mkdir "$folder" && touch "$folder/checkpoint.pt"
 fi
 [[ -e $here/cut ]] && { echo "stopped at step 1"; exit 130; }
-echo "eval: mean_return=1.00 std=0.00 episodes=30 checkpoint=$folder/checkpoint.pt"
+echo "eval: mean_return=1.00 std=0.00 episodes=100 checkpoint=$folder/checkpoint.pt"
 """
 
 
@@ -207,7 +207,7 @@ def test_report_of_known_numbers(tmp_path):
 
     text = (results / "results.md").read_text()
     assert (
-        "| Hopper-v5 | ppo | 2 | 2015.0 ± 2000.0 | 2015.0 [15.0, 4015.0] | 2410 (zoo) | 1,000 | 100 | 10 | 12e4567 |"
+        "| Hopper-v5 | ppo | 2 | 4 | 2015.0 ± 2000.0 | 2015.0 [15.0, 4015.0] | 2410 (zoo) | 1,000 | 100 | 10 | 12e4567 |"
         in text
     )
     assert (results / "Hopper-v5.png").stat().st_size > 10_000
