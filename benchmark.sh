@@ -45,33 +45,33 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment dqn  Acrobot-v1 100000
 
   experiment reinforce LunarLander-v3 1500000 --norm-weight --norm-obs --norm-reward
-  experiment a2c  LunarLander-v3 1000000 --num-steps 8 --learning-rate 1e-3 --gamma 0.995 --ent-coef 1e-3 --norm-obs --norm-reward
+  experiment a2c  LunarLander-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs --norm-reward
   experiment ppo  LunarLander-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
   experiment trpo LunarLander-v3 1500000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward
   experiment dqn  LunarLander-v3 300000 --hidden-sizes 256 256 --learning-rate 6e-4 --exploration-fraction 0.15 --buffer-size 300000
 
   experiment a2c  Pendulum-v1 1000000 --num-steps 8 --gamma 0.9 --gae-lambda 0.9 --norm-obs --norm-reward
-  experiment ppo  Pendulum-v1 100000 --num-envs 4 --num-steps 1024 --num-minibatches 64 --learning-rate 1e-3 --no-anneal-lr --gamma 0.9 --gae-lambda 0.95
+  experiment ppo  Pendulum-v1 100000 --num-envs 8 --num-steps 128 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.95 --norm-reward
   experiment trpo Pendulum-v1 200000 --num-envs 4 --num-steps 512 --gamma 0.9 --critic-updates 15
   experiment ddpg Pendulum-v1 20000
 
   experiment reinforce LunarLanderContinuous-v3 1500000 --norm-weight --norm-obs --norm-reward
-  experiment a2c  LunarLanderContinuous-v3 1000000 --num-steps 8 --learning-rate 1e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward
+  experiment a2c  LunarLanderContinuous-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs --norm-reward
   experiment ppo  LunarLanderContinuous-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
   experiment trpo LunarLanderContinuous-v3 500000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward --log-std-init -1
-  experiment ddpg LunarLanderContinuous-v3 200000 --gamma 0.99 --hidden-sizes 128 128 --batch-size 128
+  experiment ddpg LunarLanderContinuous-v3 300000 --hidden-sizes 128 128 --batch-size 128 --learning-starts 10000
 
   experiment a2c  HalfCheetah-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gae-lambda 0.9 --norm-obs --norm-reward --log-std-init -1
   experiment ppo  HalfCheetah-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 --log-std-init -2
   experiment trpo HalfCheetah-v5 1000000 $rollout --gamma 0.98 --gae-lambda 0.92 --target-kl 0.02 --log-std-init -1
   experiment ddpg HalfCheetah-v5 300000 --gamma 0.99 --batch-size 100 --learning-starts 10000
 
-  experiment a2c  Hopper-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.99 --gae-lambda 0.9 --norm-obs --norm-reward
+  experiment a2c  Hopper-v5 1000000 --num-steps 64 --learning-rate 2e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward
   experiment ppo  Hopper-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95
   experiment trpo Hopper-v5 1000000 $rollout --gae-lambda 0.97 --target-kl 0.02
   experiment ddpg Hopper-v5 300000 --gamma 0.99 --batch-size 100
 
-  experiment a2c  Walker2d-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.99 --gae-lambda 0.9 --norm-obs --norm-reward
+  experiment a2c  Walker2d-v5 1000000 --num-steps 64 --learning-rate 2e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward
   experiment ppo  Walker2d-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95 --log-std-init -1
   experiment trpo Walker2d-v5 1000000 $rollout --target-kl 0.03 --log-std-init -1
   experiment ddpg Walker2d-v5 300000 --gamma 0.99 --batch-size 100

@@ -479,6 +479,7 @@ class Run:
         self.running, self.returns = np.zeros((2, args.num_envs)), []
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.save()
+        self.show_error, sys.excepthook = sys.excepthook, self.crash
         self.interrupted = False
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.interrupt)
@@ -489,8 +490,11 @@ class Run:
         signal.signal(signum, signal.SIG_DFL)
         os.write(2, b"\nstopping after this update; once more stops at once, at the last checkpoint\n")
 
-    def log_rollout(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
-        """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
+    def log_rollout(self, obs, rewards, ended, valid, scalars: dict[str, float]) -> None:
+        """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due.
+
+        obs, of any shape: what the environments have shown since the last call. What is not finite ends the run.
+        """
         totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns, lengths so far …
         for t, n in np.argwhere(ended):
             episodic_return, length = totals[:, t, n]
@@ -502,9 +506,10 @@ class Run:
         self.running = totals[:, -1]
 
         self.global_step += ended.size
-        for name, value in scalars.items():
-            if not math.isfinite(value):  # must not get into the checkpoint
-                self.fail(f"{name} is {value} at step {self.global_step}; a lower --learning-rate may help")
+        for name, numbers in {"an observation": obs, "a reward": rewards, **scalars}.items():
+            if not np.isfinite(numbers).all():  # must not get into the checkpoint
+                hint = "; a lower --learning-rate may help" if name in scalars else ""
+                self.stop(1, f"error: {name} is not finite{hint}")
         if self.global_step % max(self.args.total_timesteps // 1000, 1) < ended.size:  # 1000 points make a curve
             sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
             for name, value in {**scalars, "charts/SPS": sps}.items():
@@ -515,24 +520,29 @@ class Run:
         if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
             self.save()
         if self.interrupted:
-            self.stop()
+            self.stop(130, "stopped")
 
-    def fail(self, sentence: str) -> None:
-        """Say what is wrong, and exit."""
+    def stop(self, status: int, reason: str) -> None:
+        """Say why the run ends here and how to go on, and exit."""
         self.bar.close()
-        self.writer.close()
-        sys.exit(f"error: {sentence}")
-
-    def stop(self) -> None:
-        """Say how to go on, and exit."""
-        self.bar.close()
-        self.writer.close()
+        with contextlib.suppress(OSError):  # of a full disk
+            self.writer.close()
         command = shlex.join(["python", sys.argv[0], "--resume", str(self.checkpoint)])
-        print(f"stopped at step {self.global_step}; resume with: {command}")
-        sys.exit(130)
+        sentence = f"{reason} (step {self.global_step}); resume from the last checkpoint with: {command}"
+        print(sentence, file=sys.stdout if status == 130 else sys.stderr)
+        sys.exit(status)
+
+    def crash(self, kind: type, error: BaseException, traceback) -> None:
+        """Python calls it with what nobody has caught, as an error of the environment or a full disk."""
+        self.show_error(kind, error, traceback)
+        died = self.args.async_envs and isinstance(error, EOFError | ConnectionError)
+        what = "an environment's process has died" if died else f"{kind.__name__}: {' '.join(str(error).split())}"
+        self.stop(1, f"error: {what}")
 
     def save(self) -> None:
         """Write the checkpoint to another file, flush and rename it: a kill at any moment leaves a whole one."""
+        if not all(tensor.isfinite().all() for tensor in self.modules["agent"].state_dict().values()):
+            self.stop(1, "error: a weight is not finite; a lower --learning-rate may help")
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
         state["args"] = asdict(replace(self.args, resume="", evaluate=""))
@@ -547,7 +557,7 @@ class Run:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
         if self.interrupted:
-            self.stop()
+            self.stop(130, "stopped")
         self.bar.total = self.bar.n  # the rest of the budget is too short for an update
         self.bar.close()
         try:
@@ -555,7 +565,7 @@ class Run:
                 signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
             returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
         except KeyboardInterrupt:
-            self.stop()
+            self.stop(130, "stopped")
         for episode, episodic_return in enumerate(returns):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)  # a point each
         self.writer.close()
@@ -650,7 +660,7 @@ def train(args: Args) -> Agent:
             "losses/explained_variance": explained_variance,
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
         }
-        run.log_rollout(rewards, ended, valid, scalars)
+        run.log_rollout(obs, rewards, ended, valid, scalars)
     envs.close()
     run.finish(agent)
     return agent

@@ -80,7 +80,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critic; none: linear
     learning_rate: float = 1e-3  # step size of Adam, for actor and critic
     gamma: float = 0.98  # discount γ
-    buffer_size: int = 1_000_000  # the replay buffer keeps the last transitions, about this many
+    buffer_size: int = 1_000_000  # the replay buffer keeps this many transitions, the last ones
     batch_size: int = 256  # transitions of a gradient step
     learning_starts: int = 1000  # random steps before learning; after a resume the policy's: the buffer is not saved
     tau: float = 0.005  # τ, φ_targ ← τ φ + (1-τ) φ_targ after each gradient step
@@ -106,8 +106,8 @@ class Args:
         if self.evaluate and (self.resume or self.eval_episodes == 0):
             raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
         # shared: end
-        if self.buffer_size < 2 * self.num_envs:
-            raise UsageError("--buffer-size must be at least twice --num-envs")
+        if self.buffer_size < self.num_envs:
+            raise UsageError("--buffer-size must be at least --num-envs")
         if max(self.num_envs, self.learning_starts) > self.total_timesteps:
             raise UsageError("--total-timesteps must be at least --num-envs and --learning-starts")
 
@@ -286,72 +286,36 @@ class Agent(nn.Module):
         return lambda obs: np.tanh(actor(obs.reshape(len(obs), -1)))
 
 
-# ==== shared: replay buffer
+# ==== replay buffer
 class ReplayBuffer:
-    """The last transitions (s, a, r, s', terminated) of N environments, in a ring that stores every frame once.
+    """The last transitions (s, a, r, s', terminated), in a ring.
 
-    A place of the ring holds an observation and what was done there; `next_place` says where s' is, the one that the
-    same environment stores next. The step that only resets leads from the end of an episode to the start of the next:
-    no transition, and never sampled. Of an image with channels first, taken for stacked frames, only the newest frame
-    is stored if the others are those of the observation before. So a million Atari transitions take 7.1 GB (56 GB with
-    both stacks of each); an image that is no such stack takes a place for each of its channels.
-
-    size: places, of all environments together. A UsageError if they take more memory than is free.
+    size: transitions. A UsageError if they take more memory than is free.
     """
 
-    def __init__(self, size: int, num_envs: int, obs_shape: tuple, obs_dtype, action_shape: tuple, action_dtype):
-        is_stack = obs_dtype == np.uint8 and len(obs_shape) == 3 and obs_shape[0] < obs_shape[2]
-        self.stack, frame_shape = (obs_shape[0], obs_shape[1:]) if is_stack else (1, obs_shape)
-        self.num_envs, self.obs_shape = num_envs, obs_shape
-        self.places = num_envs * (math.ceil(size / num_envs) + 3 * self.stack - 2)
-        frame, action = np.zeros(frame_shape, obs_dtype), np.zeros(action_shape, action_dtype)
-        other = 4 + 1 + 1 + 8  # bytes of reward, terminated, valid, next_place
-        needed, free = self.places * (frame.nbytes + action.nbytes + other), psutil.virtual_memory().available
+    def __init__(self, size: int, obs_shape: tuple, num_actions: int):
+        needed = size * (4 * (2 * math.prod(obs_shape) + num_actions + 1) + 1)  # bytes
+        free = psutil.virtual_memory().available
         if needed > free:
             raise UsageError(f"--buffer-size {size} takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
-        self.frames = np.zeros((self.places, *frame_shape), obs_dtype)
-        self.actions = np.zeros((self.places, *action_shape), action_dtype)
-        self.rewards = np.zeros(self.places, np.float32)
-        self.terminated, self.valid = np.zeros((2, self.places), bool)
-        self.next_place = np.zeros(self.places, np.int64)
-        self.place = np.arange(num_envs) - num_envs  # of each environment's last observation; the next is N further
-        self.last_obs = np.zeros((num_envs, self.stack, *frame_shape), obs_dtype)
-        self.used = 0  # places before this one may be in use
+        self.obs, self.next_obs = np.zeros((2, size, *obs_shape), np.float32)
+        self.actions = np.zeros((size, num_actions), np.float32)
+        self.rewards = np.zeros(size, np.float32)
+        self.terminated = np.zeros(size, bool)
+        self.size, self.added = size, 0
 
-    def store(self, obs: np.ndarray) -> None:
-        """Put in the environments' observations, shape (N, *obs_shape)."""
-        obs = obs.reshape(self.num_envs, self.stack, *self.frames.shape[1:])
-        if self.stack > 1:
-            changed = np.flatnonzero((obs[:, :-1] != self.last_obs[:, 1:]).any(axis=(1, 2, 3)))
-            self.last_obs[:] = obs
-        for k in range(self.stack):  # the older frames only where they are not those of the observation before
-            n = changed if k < self.stack - 1 else slice(None)
-            self.place[n] = place = (self.place[n] + self.num_envs) % self.places
-            self.frames[place], self.valid[place] = obs[n, k], False
-            for later in range(1, self.stack):  # these, too, contained the frame that was here
-                self.valid[(place + later * self.num_envs) % self.places] = False
-            if self.used < self.places:
-                self.used = max(self.used, place.max(initial=-1) + 1)
-
-    def add(self, actions, rewards, terminated, next_obs, valid) -> None:
-        """Put in the transitions from the observations that were stored last. All of shape (N, ...)."""
-        place = self.place.copy()
-        self.actions[place], self.rewards[place], self.terminated[place] = actions, rewards, terminated
-        self.store(next_obs)
-        self.next_place[place], self.valid[place] = self.place, valid
+    def add(self, obs, actions, rewards, next_obs, terminated) -> None:
+        """Put in B transitions, arrays of shape (B, ...)."""
+        place = (self.added + np.arange(len(rewards))) % self.size
+        self.obs[place], self.actions[place], self.rewards[place] = obs, actions, rewards
+        self.next_obs[place], self.terminated[place] = next_obs, terminated
+        self.added += len(rewards)
 
     def sample(self, batch_size: int, rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Draw B transitions uniformly: obs (B, *obs_shape), actions (B, ...), rewards, next_obs and terminated."""
-        place = rng.integers(self.used, size=batch_size)
-        while not (valid := self.valid[place]).all():
-            place[~valid] = rng.integers(self.used, size=batch_size - valid.sum())
-        back = self.num_envs * np.arange(self.stack)[::-1]
-        obs, next_obs = (
-            self.frames[(p[:, None] - back) % self.places].reshape(batch_size, *self.obs_shape)
-            for p in (place, self.next_place[place])
-        )
-        batch = (obs, self.actions[place], self.rewards[place], next_obs, self.terminated[place])
-        return tuple(torch.as_tensor(x, device=device) for x in batch)
+        """Draw B transitions uniformly: obs (B, *obs_shape), actions (B, A), rewards, next_obs, terminated."""
+        place = rng.integers(min(self.added, self.size), size=batch_size)
+        arrays = (self.obs, self.actions, self.rewards, self.next_obs, self.terminated)
+        return tuple(torch.as_tensor(x[place], device=device) for x in arrays)
 
 
 # ==== shared: target network
@@ -444,6 +408,7 @@ class Run:
         self.running, self.returns = np.zeros((2, args.num_envs)), []
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.save()
+        self.show_error, sys.excepthook = sys.excepthook, self.crash
         self.interrupted = False
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.interrupt)
@@ -454,8 +419,11 @@ class Run:
         signal.signal(signum, signal.SIG_DFL)
         os.write(2, b"\nstopping after this update; once more stops at once, at the last checkpoint\n")
 
-    def log_rollout(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
-        """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
+    def log_rollout(self, obs, rewards, ended, valid, scalars: dict[str, float]) -> None:
+        """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due.
+
+        obs, of any shape: what the environments have shown since the last call. What is not finite ends the run.
+        """
         totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns, lengths so far …
         for t, n in np.argwhere(ended):
             episodic_return, length = totals[:, t, n]
@@ -467,9 +435,10 @@ class Run:
         self.running = totals[:, -1]
 
         self.global_step += ended.size
-        for name, value in scalars.items():
-            if not math.isfinite(value):  # must not get into the checkpoint
-                self.fail(f"{name} is {value} at step {self.global_step}; a lower --learning-rate may help")
+        for name, numbers in {"an observation": obs, "a reward": rewards, **scalars}.items():
+            if not np.isfinite(numbers).all():  # must not get into the checkpoint
+                hint = "; a lower --learning-rate may help" if name in scalars else ""
+                self.stop(1, f"error: {name} is not finite{hint}")
         if self.global_step % max(self.args.total_timesteps // 1000, 1) < ended.size:  # 1000 points make a curve
             sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
             for name, value in {**scalars, "charts/SPS": sps}.items():
@@ -480,24 +449,29 @@ class Run:
         if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
             self.save()
         if self.interrupted:
-            self.stop()
+            self.stop(130, "stopped")
 
-    def fail(self, sentence: str) -> None:
-        """Say what is wrong, and exit."""
+    def stop(self, status: int, reason: str) -> None:
+        """Say why the run ends here and how to go on, and exit."""
         self.bar.close()
-        self.writer.close()
-        sys.exit(f"error: {sentence}")
-
-    def stop(self) -> None:
-        """Say how to go on, and exit."""
-        self.bar.close()
-        self.writer.close()
+        with contextlib.suppress(OSError):  # of a full disk
+            self.writer.close()
         command = shlex.join(["python", sys.argv[0], "--resume", str(self.checkpoint)])
-        print(f"stopped at step {self.global_step}; resume with: {command}")
-        sys.exit(130)
+        sentence = f"{reason} (step {self.global_step}); resume from the last checkpoint with: {command}"
+        print(sentence, file=sys.stdout if status == 130 else sys.stderr)
+        sys.exit(status)
+
+    def crash(self, kind: type, error: BaseException, traceback) -> None:
+        """Python calls it with what nobody has caught, as an error of the environment or a full disk."""
+        self.show_error(kind, error, traceback)
+        died = self.args.async_envs and isinstance(error, EOFError | ConnectionError)
+        what = "an environment's process has died" if died else f"{kind.__name__}: {' '.join(str(error).split())}"
+        self.stop(1, f"error: {what}")
 
     def save(self) -> None:
         """Write the checkpoint to another file, flush and rename it: a kill at any moment leaves a whole one."""
+        if not all(tensor.isfinite().all() for tensor in self.modules["agent"].state_dict().values()):
+            self.stop(1, "error: a weight is not finite; a lower --learning-rate may help")
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
         state["args"] = asdict(replace(self.args, resume="", evaluate=""))
@@ -512,7 +486,7 @@ class Run:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
         if self.interrupted:
-            self.stop()
+            self.stop(130, "stopped")
         self.bar.total = self.bar.n  # the rest of the budget is too short for an update
         self.bar.close()
         try:
@@ -520,7 +494,7 @@ class Run:
                 signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
             returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
         except KeyboardInterrupt:
-            self.stop()
+            self.stop(130, "stopped")
         for episode, episodic_return in enumerate(returns):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)  # a point each
         self.writer.close()
@@ -552,7 +526,7 @@ def train(args: Args) -> Agent:
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
 
     N, A = args.num_envs, agent.num_actions
-    buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space.shape, agent.obs_dtype, (A,), np.float32)
+    buffer = ReplayBuffer(args.buffer_size, envs.single_observation_space.shape, A)
     valid = np.ones(N, bool)  # false on steps that only reset
     noise, memory = np.zeros((N, A), np.float32), 0.85 if args.noise == "ou" else 0.0  # x and 1 - θ
 
@@ -562,7 +536,6 @@ def train(args: Args) -> Agent:
         optimizer.param_groups[0]["lr"] = args.learning_rate  # not that of a resumed optimizer
     obs, _ = envs.reset(seed=args.seed + run.global_step)
     obs = obs.astype(agent.obs_dtype)
-    buffer.store(obs)
     while run.global_step + N <= args.total_timesteps:
         # A step of N environments, with noise, into the buffer.
         innovation = args.exploration_noise * rng.standard_normal((N, A), np.float32)  # ε
@@ -571,10 +544,10 @@ def train(args: Args) -> Agent:
             actions = rng.uniform(-1, 1, (N, A)).astype(np.float32)
         else:
             actions = (agent.policy()(obs) + noise).clip(-1, 1)
-        obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
-        obs, rewards = obs.astype(agent.obs_dtype, copy=False), rewards * valid
+        next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
+        next_obs, rewards = next_obs.astype(agent.obs_dtype), rewards * valid
         ended = terminated | truncated
-        buffer.add(actions, rewards, terminated, obs, valid)
+        buffer.add(*(x[valid] for x in (obs, actions, rewards, next_obs, terminated)))
 
         # N gradient steps, as many as environment steps, on transitions from the buffer.
         scalars = {"charts/learning_rate": args.learning_rate}
@@ -598,9 +571,9 @@ def train(args: Args) -> Agent:
                 "losses/actor_loss": actor_loss.item(),
                 "losses/q_values": q.mean().item(),
             }
-        run.log_rollout(rewards[None], ended[None], valid[None], scalars)
+        run.log_rollout(next_obs, rewards[None], ended[None], valid[None], scalars)
         noise *= valid[:, None]  # 0 before an episode
-        valid = ~ended
+        obs, valid = next_obs, ~ended
     envs.close()
     run.finish(agent)
     return agent

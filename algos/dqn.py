@@ -300,7 +300,7 @@ class Agent(nn.Module):
         return lambda obs: q(obs if self.is_image else obs.reshape(len(obs), -1)).argmax(-1)
 
 
-# ==== shared: replay buffer
+# ==== replay buffer
 class ReplayBuffer:
     """The last transitions (s, a, r, s', terminated) of N environments, in a ring that stores every frame once.
 
@@ -313,21 +313,20 @@ class ReplayBuffer:
     size: places, of all environments together. A UsageError if they take more memory than is free.
     """
 
-    def __init__(self, size: int, num_envs: int, obs_shape: tuple, obs_dtype, action_shape: tuple, action_dtype):
+    def __init__(self, size: int, num_envs: int, obs_shape: tuple, obs_dtype):
         is_stack = obs_dtype == np.uint8 and len(obs_shape) == 3 and obs_shape[0] < obs_shape[2]
         self.stack, frame_shape = (obs_shape[0], obs_shape[1:]) if is_stack else (1, obs_shape)
         self.num_envs, self.obs_shape = num_envs, obs_shape
         self.places = num_envs * (math.ceil(size / num_envs) + 3 * self.stack - 2)
-        frame, action = np.zeros(frame_shape, obs_dtype), np.zeros(action_shape, action_dtype)
-        other = 4 + 1 + 1 + 8  # bytes of reward, terminated, valid, next_place
-        needed, free = self.places * (frame.nbytes + action.nbytes + other), psutil.virtual_memory().available
+        other = 8 + 4 + 1 + 1 + 8  # bytes of action, reward, terminated, valid, next_place
+        needed = self.places * (np.zeros(frame_shape, obs_dtype).nbytes + other)
+        free = psutil.virtual_memory().available
         if needed > free:
             raise UsageError(f"--buffer-size {size} takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
         self.frames = np.zeros((self.places, *frame_shape), obs_dtype)
-        self.actions = np.zeros((self.places, *action_shape), action_dtype)
+        self.actions, self.next_place = np.zeros((2, self.places), np.int64)
         self.rewards = np.zeros(self.places, np.float32)
         self.terminated, self.valid = np.zeros((2, self.places), bool)
-        self.next_place = np.zeros(self.places, np.int64)
         self.place = np.arange(num_envs) - num_envs  # of each environment's last observation; the next is N further
         self.last_obs = np.zeros((num_envs, self.stack, *frame_shape), obs_dtype)
         self.used = 0  # places before this one may be in use
@@ -348,14 +347,14 @@ class ReplayBuffer:
                 self.used = max(self.used, place.max(initial=-1) + 1)
 
     def add(self, actions, rewards, terminated, next_obs, valid) -> None:
-        """Put in the transitions from the observations that were stored last. All of shape (N, ...)."""
+        """Put in the transitions from the observations that were stored last, arrays (N, ...)."""
         place = self.place.copy()
         self.actions[place], self.rewards[place], self.terminated[place] = actions, rewards, terminated
         self.store(next_obs)
         self.next_place[place], self.valid[place] = self.place, valid
 
     def sample(self, batch_size: int, rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Draw B transitions uniformly: obs (B, *obs_shape), actions (B, ...), rewards, next_obs and terminated."""
+        """Draw B transitions uniformly: obs (B, *obs_shape), actions (B,), rewards, next_obs, terminated."""
         place = rng.integers(self.used, size=batch_size)
         while not (valid := self.valid[place]).all():
             place[~valid] = rng.integers(self.used, size=batch_size - valid.sum())
@@ -458,6 +457,7 @@ class Run:
         self.running, self.returns = np.zeros((2, args.num_envs)), []
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.save()
+        self.show_error, sys.excepthook = sys.excepthook, self.crash
         self.interrupted = False
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.interrupt)
@@ -468,8 +468,11 @@ class Run:
         signal.signal(signum, signal.SIG_DFL)
         os.write(2, b"\nstopping after this update; once more stops at once, at the last checkpoint\n")
 
-    def log_rollout(self, rewards: np.ndarray, ended: np.ndarray, valid: np.ndarray, scalars: dict[str, float]) -> None:
-        """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due."""
+    def log_rollout(self, obs, rewards, ended, valid, scalars: dict[str, float]) -> None:
+        """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due.
+
+        obs, of any shape: what the environments have shown since the last call. What is not finite ends the run.
+        """
         totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns, lengths so far …
         for t, n in np.argwhere(ended):
             episodic_return, length = totals[:, t, n]
@@ -481,9 +484,10 @@ class Run:
         self.running = totals[:, -1]
 
         self.global_step += ended.size
-        for name, value in scalars.items():
-            if not math.isfinite(value):  # must not get into the checkpoint
-                self.fail(f"{name} is {value} at step {self.global_step}; a lower --learning-rate may help")
+        for name, numbers in {"an observation": obs, "a reward": rewards, **scalars}.items():
+            if not np.isfinite(numbers).all():  # must not get into the checkpoint
+                hint = "; a lower --learning-rate may help" if name in scalars else ""
+                self.stop(1, f"error: {name} is not finite{hint}")
         if self.global_step % max(self.args.total_timesteps // 1000, 1) < ended.size:  # 1000 points make a curve
             sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
             for name, value in {**scalars, "charts/SPS": sps}.items():
@@ -494,24 +498,29 @@ class Run:
         if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
             self.save()
         if self.interrupted:
-            self.stop()
+            self.stop(130, "stopped")
 
-    def fail(self, sentence: str) -> None:
-        """Say what is wrong, and exit."""
+    def stop(self, status: int, reason: str) -> None:
+        """Say why the run ends here and how to go on, and exit."""
         self.bar.close()
-        self.writer.close()
-        sys.exit(f"error: {sentence}")
-
-    def stop(self) -> None:
-        """Say how to go on, and exit."""
-        self.bar.close()
-        self.writer.close()
+        with contextlib.suppress(OSError):  # of a full disk
+            self.writer.close()
         command = shlex.join(["python", sys.argv[0], "--resume", str(self.checkpoint)])
-        print(f"stopped at step {self.global_step}; resume with: {command}")
-        sys.exit(130)
+        sentence = f"{reason} (step {self.global_step}); resume from the last checkpoint with: {command}"
+        print(sentence, file=sys.stdout if status == 130 else sys.stderr)
+        sys.exit(status)
+
+    def crash(self, kind: type, error: BaseException, traceback) -> None:
+        """Python calls it with what nobody has caught, as an error of the environment or a full disk."""
+        self.show_error(kind, error, traceback)
+        died = self.args.async_envs and isinstance(error, EOFError | ConnectionError)
+        what = "an environment's process has died" if died else f"{kind.__name__}: {' '.join(str(error).split())}"
+        self.stop(1, f"error: {what}")
 
     def save(self) -> None:
         """Write the checkpoint to another file, flush and rename it: a kill at any moment leaves a whole one."""
+        if not all(tensor.isfinite().all() for tensor in self.modules["agent"].state_dict().values()):
+            self.stop(1, "error: a weight is not finite; a lower --learning-rate may help")
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
         state["args"] = asdict(replace(self.args, resume="", evaluate=""))
@@ -526,7 +535,7 @@ class Run:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
         if self.interrupted:
-            self.stop()
+            self.stop(130, "stopped")
         self.bar.total = self.bar.n  # the rest of the budget is too short for an update
         self.bar.close()
         try:
@@ -534,7 +543,7 @@ class Run:
                 signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
             returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
         except KeyboardInterrupt:
-            self.stop()
+            self.stop(130, "stopped")
         for episode, episodic_return in enumerate(returns):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)  # a point each
         self.writer.close()
@@ -573,27 +582,26 @@ def train(args: Args) -> Agent:
 
     N = args.num_envs
     T = max(args.train_frequency // N, 1)  # steps of each environment between updates
-    buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space.shape, agent.obs_dtype, (), np.int64)
+    buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space.shape, agent.obs_dtype)
+    obs = np.zeros((T + 1, *envs.observation_space.shape), agent.obs_dtype)  # row T: what follows the T steps
     rewards = np.zeros((T, N), np.float32)
     ended, valid = np.zeros((T, N), bool), np.ones((T, N), bool)  # valid: false on steps that only reset
 
     run = Run(args, rng, agent=agent, target=target, optimizer=optimizer)
     optimizer.param_groups[0]["lr"] = args.learning_rate  # not that of a resumed optimizer
-    obs, _ = envs.reset(seed=args.seed + run.global_step)
-    obs = obs.astype(agent.obs_dtype)
-    buffer.store(obs)
+    obs[T], _ = envs.reset(seed=args.seed + run.global_step)
+    buffer.store(obs[T])
     while run.global_step + T * N <= args.total_timesteps:
         # T steps of N environments, ε-greedy, into the buffer.
         epsilon = linear_epsilon(args, run.global_step + N * np.arange(T))
         explore, random_actions = rng.random((T, N)) < epsilon[:, None], rng.integers(agent.num_actions, size=(T, N))
-        act = agent.policy()
+        obs[0], act = obs[T], agent.policy()
         for t in range(T):
-            actions = random_actions[t] if explore[t].all() else np.where(explore[t], random_actions[t], act(obs))
-            obs, rewards[t], terminated, truncated, _ = envs.step(agent.to_env(actions))
-            obs = obs.astype(agent.obs_dtype, copy=False)
+            actions = random_actions[t] if explore[t].all() else np.where(explore[t], random_actions[t], act(obs[t]))
+            obs[t + 1], rewards[t], terminated, truncated, _ = envs.step(agent.to_env(actions))
             valid[t] = ~ended[t - 1]  # row -1 is, until it is overwritten, the last of the steps before
             rewards[t] *= valid[t]
-            buffer.add(actions, rewards[t], terminated, obs, valid[t])
+            buffer.add(actions, rewards[t], terminated, obs[t + 1], valid[t])
             ended[t] = terminated | truncated
 
         # Gradient steps, on transitions from the buffer.
@@ -610,7 +618,7 @@ def train(args: Args) -> Agent:
             scalars |= {"losses/q_loss": loss.item(), "losses/q_values": q.mean().item()}
             if run.global_step % args.target_network_frequency < T * N:
                 update_target(target, agent, args.tau)
-        run.log_rollout(rewards, ended, valid, scalars)
+        run.log_rollout(obs, rewards, ended, valid, scalars)
     envs.close()
     run.finish(agent)
     return agent

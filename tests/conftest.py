@@ -68,6 +68,11 @@ def takes(path: Path, kind: str) -> bool:
     return kind in ACTIONS.get(path.stem, {"Discrete", "Box"})
 
 
+def odd(path: Path, name: str) -> str:
+    """The id of the odd environment of that name, with actions that the file takes."""
+    return f"tests.odd_envs:{name}{'' if takes(path, 'Discrete') else 'Continuous'}-v0"
+
+
 def budget(path: Path) -> int:
     """Environment steps that are several updates, to the step, with the other flags of `small`.
 
@@ -175,7 +180,11 @@ def _run_forked(path: Path, flags: str, cwd: Path, without: tuple[str, ...]) -> 
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
     sys.modules |= dict.fromkeys(without)  # Python's own way to make an import fail
     sys.argv = [str(path), *shlex.split(flags)]
-    runpy.run_path(str(path), run_name="__main__")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as Python does; multiprocessing would not
+        sys.exit(1)
 
 
 class Launched:

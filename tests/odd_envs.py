@@ -1,10 +1,13 @@
 """Small environments with spaces of every kind, which check what an algorithm sends them.
 
 ids: Observe{NAME}-v0 with Discrete and Observe{NAME}Continuous-v0 with Box actions, for NAME in OBSERVATIONS;
-Act{NAME}-v0 for NAME in ACTIONS; and a few with other oddities, at the end of the file.
+Act{NAME}-v0 for NAME in ACTIONS; and {NAME}-v0 and {NAME}Continuous-v0 for NAME in ODDITIES.
 """
 
 import copy
+import os
+import signal
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -59,18 +62,43 @@ ACTIONS = {
 }
 UNFIT_ACTIONS = "MultiDiscrete", "MultiBinary", "IntBox", "Dict", "Tuple"
 
+ODDITIES = {
+    "NanReward": {"reward": np.nan},
+    "InfiniteReward": {"reward": np.inf},
+    "NanObservation": {"flaw": np.nan},
+    "InfiniteObservation": {"flaw": -np.inf},
+    "HugeReward": {"reward": 1e6},
+    "Overflow": {"reward": 1e30},
+    "OneStep": {"length": 1},
+    "Endless": {"length": np.inf},
+    "OnlyTruncates": {"terminates": False},
+    "Fault": {"watches": True},
+}
+
 seen_actions = []  # by all environments of this process; a test empties it before it looks
 
 
 class OddEnv(gym.Env):
-    """Random observations and rewards; ends after 5 steps, in turn by termination and by truncation.
+    """Random observations and rewards; ends after some steps, in turn by termination and by truncation.
 
-    A wrongly shaped, typed or scaled action is an AssertionError.
+    A wrongly shaped, typed or scaled action is an AssertionError. flaw: what an observation has now and then. watches:
+    raises an error once there is a file "raise" in its folder, kills its process once there is a file "kill".
     """
 
-    def __init__(self, observation_space, action_space, reward: float | None = None, render_mode: str | None = None):
+    def __init__(
+        self,
+        observation_space,
+        action_space,
+        reward: float | None = None,
+        length: float = 5,
+        terminates: bool = True,
+        flaw: float | None = None,
+        watches: bool = False,
+        render_mode: str | None = None,
+    ):
         self.observation_space, self.action_space = copy.deepcopy((observation_space, action_space))
-        self.reward, self.episodes = reward, 0
+        self.reward, self.length, self.terminates, self.episodes = reward, length, terminates, 0
+        self.flaw, self.watches = flaw, watches
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -85,10 +113,17 @@ class OddEnv(gym.Env):
         assert self.action_space.contains(action), f"{self.action_space} does not contain {action!r}"
         seen_actions.append(action)
         self.steps += 1
-        ended = self.steps == 5
+        ended = self.steps == self.length
         reward = self.np_random.normal() if self.reward is None else self.reward
-        terminated, truncated = ended and self.episodes % 2 == 0, ended and self.episodes % 2 == 1
-        return self.observation_space.sample(), reward, terminated, truncated, {}
+        terminated = ended and self.terminates and self.episodes % 2 == 0
+        obs = self.observation_space.sample()
+        if self.flaw is not None and self.steps == 3 and self.episodes > 3:
+            obs[1] = self.flaw
+        if self.watches and Path("raise").exists():
+            raise RuntimeError("the simulator broke")
+        if self.watches and Path("kill").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return obs, reward, terminated, ended and not terminated, {}
 
 
 def make_same_step(num_envs: int, **kwargs):
@@ -107,7 +142,8 @@ for name, space in OBSERVATIONS.items():
     register(f"Observe{name}Continuous", space, PUSH)
 for name, space in ACTIONS.items():
     register(f"Act{name}", VECTOR, space)
-register("NanReward", VECTOR, spaces.Discrete(2), reward=np.nan)
-register("NanRewardContinuous", VECTOR, PUSH, reward=np.nan)
+for name, kwargs in ODDITIES.items():
+    register(name, VECTOR, spaces.Discrete(2), **kwargs)
+    register(f"{name}Continuous", VECTOR, PUSH, **kwargs)
 if "SameStep-v0" not in gym.registry:
     gym.register("SameStep-v0", entry_point=f"{__name__}:OddEnv", vector_entry_point=make_same_step)

@@ -69,12 +69,11 @@ def watch(module, patch) -> SimpleNamespace:
         adam: the learning rate `lr`, `parameters`, and copies of their values `before` and of the `gradients`;
             `everything`, all parameters of the agent by name, each with its gradient, before the step.
         target: `tau`, the network `target`, copies of its parameters `before` and `after`, and of those of `online`.
-    added: what was put into the buffer, a dict by NAMES (without obs) and "valid" for each step.
     agent, initial: the agent, and a copy from before the first step.
     """
-    seen = SimpleNamespace(events=[], added=[], agent=None, initial=None, steps=0, Adam=torch.optim.Adam)
-    init, buffer, update_target = module.Agent.__init__, module.ReplayBuffer, module.update_target
-    store, add, sample = buffer.store, buffer.add, buffer.sample
+    seen = SimpleNamespace(events=[], agent=None, initial=None, steps=0, Adam=torch.optim.Adam)
+    init, make_envs, update_target = module.Agent.__init__, module.make_envs, module.update_target
+    sample = module.ReplayBuffer.sample
 
     def note(kind, **values):
         seen.events.append(SimpleNamespace(kind=kind, steps=seen.steps, **values))
@@ -83,16 +82,21 @@ def watch(module, patch) -> SimpleNamespace:
         seen.agent = agent
         init(agent, *args, **kwargs)
 
-    def spy_on_store(self, obs):
-        if seen.initial is None:
-            seen.initial = copy.deepcopy(seen.agent)
-        store(self, obs)
+    def spy_on_envs(args, num_envs, evaluation=False, **kwargs):
+        envs = make_envs(args, num_envs, evaluation, **kwargs)
+        if not evaluation:
+            reset, step = envs.reset, envs.step
+            patch.setattr(envs, "reset", lambda **kwargs: spy_on_reset(reset(**kwargs)))
+            patch.setattr(envs, "step", lambda actions: spy_on_step(step(actions)))
+        return envs
 
-    def spy_on_add(self, *values):
-        names = ("actions", "rewards", "terminated", "next_obs", "valid")
-        seen.added.append({name: x.copy() for name, x in zip(names, values, strict=True)})
-        seen.steps += len(values[0])
-        add(self, *values)
+    def spy_on_reset(result):
+        seen.initial = copy.deepcopy(seen.agent)
+        return result
+
+    def spy_on_step(result):
+        seen.steps += len(result[1])
+        return result
 
     def spy_on_sample(self, *args):
         batch = sample(self, *args)
@@ -125,8 +129,8 @@ def watch(module, patch) -> SimpleNamespace:
         return seen.agent.named_parameters()
 
     patch.setattr(module.Agent, "__init__", spy_on_init)
-    for name, spy in {"store": spy_on_store, "add": spy_on_add, "sample": spy_on_sample}.items():
-        patch.setattr(buffer, name, spy)
+    patch.setattr(module, "make_envs", spy_on_envs)
+    patch.setattr(module.ReplayBuffer, "sample", spy_on_sample)
     patch.setattr(module, "update_target", spy_on_target)
     patch.setattr(torch.optim, "Adam", Adam)
     return seen

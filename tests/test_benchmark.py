@@ -149,7 +149,7 @@ def test_a_real_run_that_is_cut_goes_on_and_is_reported(tmp_path):
     assert process.returncode == 130
     assert "stopping" in output
     (log,) = tmp_path.glob("runs/*/log.txt")
-    assert "stopped at step" in log.read_text()
+    assert "stopped (step" in log.read_text()
 
     result = subprocess.run([ROOT / "benchmark.sh"], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -206,10 +206,8 @@ def test_report_of_known_numbers(tmp_path):
     np.testing.assert_allclose(curve["std"], 1)
 
     text = (results / "results.md").read_text()
-    assert (
-        "| Hopper-v5 | ppo | 2 | 4 | 2015.0 ± 2000.0 | 2015.0 [15.0, 4015.0] | 2410 (zoo) | 1,000 | 100 | 10 | 12e4567 |"
-        in text
-    )
+    row = "2 | 4 | 2015.0 ± 2000.0 | 2015.0 [15.0, 4015.0] | 2410 (zoo) | 1,000 | 100 | 10 | 12e4567"
+    assert f"| Hopper-v5 | ppo | {row} |" in text
     assert (results / "Hopper-v5.png").stat().st_size > 10_000
 
 

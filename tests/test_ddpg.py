@@ -1,9 +1,11 @@
-"""DDPG's own equations and noise; the replay buffer is in test_replay.py."""
+"""DDPG's own equations, noise and replay buffer."""
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from gymnasium import spaces
@@ -127,8 +129,8 @@ def test_actions_with_noise_are_cut_to_the_bounds(monkeypatch, tmp_path):
     train(ddpg, TRACE, tmp_path, exploration_noise=3.0, learning_starts=0, total_timesteps=150)
     assert np.abs(sent()).max() == pytest.approx(1)
     assert (np.abs(sent()) > 0.999).mean() > 0.5
-    stored = np.concatenate([step["actions"] for step in seen.added])
-    assert np.abs(stored).max() == 1  # what is learned from is what was done
+    learned_from = torch.cat([batch.actions for batch in events(seen, "sample")])
+    assert learned_from.abs().max() == 1  # what was done
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
@@ -184,6 +186,46 @@ def test_the_evaluation_is_without_noise(tmp_path):
         with torch.no_grad():
             mu = agent.mu(torch.tensor([[step.env, step.episode, step.step]], dtype=torch.float32))[0]
         np.testing.assert_allclose(units(step.action), mu, rtol=1e-3, atol=1e-4)
+
+
+# ---- the replay buffer
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("added", [1, 19, 20, 53])
+def test_the_buffer_keeps_the_last_transitions_and_draws_them_equally_often(added, at_once):
+    rng, size = np.random.default_rng(0), 20
+    buffer = ddpg.ReplayBuffer(size, (2,), 3)
+    widths = dict(obs=2, actions=3, rewards=0, next_obs=2, terminated=0)
+    history = [rng.normal(size=(added * at_once, width) if width else added * at_once) for width in widths.values()]
+    history = [x.astype(np.float32) for x in history[:4]] + [history[4] > 0]
+    for k in range(0, added * at_once, at_once):
+        buffer.add(*(x[k : k + at_once] for x in history))
+    batch = buffer.sample(4000, rng, torch.device("cpu"))
+    assert [x.dtype for x in batch] == [torch.float32] * 4 + [torch.bool]
+    where = {float(reward): k for k, reward in enumerate(history[2])}
+    drawn = [where[float(reward)] for reward in batch[2]]
+    for ours, theirs in zip(history, batch, strict=True):
+        np.testing.assert_array_equal(theirs, ours[drawn])
+    kept = range(max(added * at_once - size, 0), added * at_once)
+    expected = 4000 / len(kept)
+    chi_square = sum((drawn.count(k) - expected) ** 2 / expected for k in kept)
+    assert set(drawn) == set(kept)
+    assert chi_square < len(kept) + 5 * (2 * len(kept)) ** 0.5
+    before = [x.clone() for x in batch]
+    for _ in range(size):  # the ring goes on; a batch stays what it was
+        buffer.add(*(x[:at_once] + True for x in history))
+    assert same(batch, before)
+
+
+def test_a_buffer_larger_than_the_free_memory_is_refused_before_it_is_made(monkeypatch):
+    needed = sum(x.nbytes for x in vars(ddpg.ReplayBuffer(3000, (5, 2), 3)).values() if isinstance(x, np.ndarray))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed))
+    ddpg.ReplayBuffer(3000, (5, 2), 3)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1))
+    monkeypatch.setattr(np, "zeros", None)
+    with pytest.raises(ddpg.UsageError, match="--buffer-size 3000 "):
+        ddpg.ReplayBuffer(3000, (5, 2), 3)
 
 
 # ---- a run

@@ -12,15 +12,17 @@ import sys
 import time
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
-from conftest import ALGOS, EVAL_LINE, PPO, budget, load, read_events, run_inside, run_script, small, takes
+from conftest import ALGOS, EVAL_LINE, PPO, budget, load, odd, read_events, run_inside, run_script, small, takes
 
 from tests.odd_envs import UNFIT_ACTIONS, UNFIT_OBSERVATIONS
 
-MAX_LINES = 774  # the aim is 400; the command line, checkpoints and all kinds of spaces take the rest
-MAX_OWN_LINES = 235  # outside of the shared blocks
+MAX_LINES = 784  # the aim is 400; the command line, checkpoints, faults and all kinds of spaces take the rest
+MAX_OWN_LINES = 285  # outside of the shared blocks
 MAX_HEART_LINES = 80  # from the first action of a rollout to the optimizer's step
 PACKAGES = {"torch", "numpy", "gymnasium", "tyro", "tqdm", "psutil"}
 EVERYWHERE = {"arguments", "validation", "command line", "environments", "evaluation", "run", "setup", "main"}
@@ -31,8 +33,8 @@ BLOCKS = {
     "a2c": EVERYWHERE | POLICY | ROLLOUT,
     "ppo": EVERYWHERE | POLICY | ROLLOUT,
     "trpo": EVERYWHERE | POLICY | ROLLOUT | {"critic"},
-    "dqn": EVERYWHERE | {"networks", "images", "replay buffer", "target network"},
-    "ddpg": EVERYWHERE | {"networks", "box actions", "replay buffer", "target network"},
+    "dqn": EVERYWHERE | {"networks", "images", "target network"},
+    "ddpg": EVERYWHERE | {"networks", "box actions", "target network"},
 }
 
 
@@ -141,6 +143,18 @@ def assert_refused(result, *words: str) -> None:
         assert word.lower() in result.err.lower()
     assert not list(result.cwd.glob("runs*")), "something is left behind"
     assert result.out == ""
+
+
+def assert_failed(result, words: str) -> Path:
+    """A line says why (a pattern) and how to go on; the checkpoint, which is returned, is finite."""
+    assert result.status == 1, result.err
+    path = result.folder / "checkpoint.pt"
+    sentence = rf"^error: {words} \(step \d+\); resume from the last checkpoint with: python \S+ --resume (\S+)$"
+    match = re.search(sentence, result.err, re.MULTILINE)
+    assert match, result.err
+    assert result.cwd / match[1] == path
+    assert all(tensor.isfinite().all() for tensor in weights(path))
+    return path
 
 
 BAD = [  # flags, words of the sentence
@@ -293,20 +307,39 @@ def test_missing_package(tmp_path, launch, missing, flags):
     assert_refused(result, missing, "install")
 
 
+@pytest.mark.parametrize("path", [path for path in ALGOS if path.stem in ("dqn", "ddpg")], ids=lambda path: path.stem)
+def test_buffer_larger_than_the_free_memory(path, cli, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**7))
+    cli(path, small(path)).check()
+    result = cli(path, small(path, "--buffer-size 1000000"))
+    assert_refused(result, "--buffer-size", "GB")
+
+
 def test_bad_input_of_a_script(tmp_path):
     assert_refused(run_script(PPO, "--env-id CartPole-v77", tmp_path), "CartPole", "v77")
     assert_refused(run_script(PPO, "--seed one", tmp_path), "--seed", "one")
 
 
-def test_diverged_training(algo, cli):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("NanReward", "a reward is not finite"),
+        ("InfiniteReward", "a reward is not finite"),
+        ("NanObservation", "an observation is not finite"),
+        ("InfiniteObservation", "an observation is not finite"),
+    ],
+)
+def test_numbers_that_are_not_finite(algo, cli, name, words):
     """No bad argument: status 1, one sentence, and nothing that is not a number gets into the checkpoint."""
-    env_id = "NanReward-v0" if takes(algo, "Discrete") else "NanRewardContinuous-v0"
-    result = cli(algo, small(algo, f"--env-id tests.odd_envs:{env_id}"))
-    assert result.status == 1
-    assert re.search(r"^error: .*nan", result.err, re.MULTILINE)
+    result = cli(algo, small(algo, f"--env-id {odd(algo, name)} --num-envs 1 --checkpoint-interval 1"))
+    assert_failed(result, words)
     assert "Traceback" not in result.err
-    for tensor in weights(result.folder / "checkpoint.pt"):
-        assert tensor.isfinite().all()
+
+
+def test_diverged_training(algo, cli):
+    result = cli(algo, small(algo, f"--env-id {odd(algo, 'Overflow')}"))
+    assert_failed(result, r"(?:losses/\w+|a weight) is not finite; a lower --learning-rate may help")
+    assert "Traceback" not in result.err
 
 
 # ---- checkpoints
@@ -404,6 +437,28 @@ def test_kill(algo, tmp_path, launch):
     finished = launch(algo, f"{flags} --total-timesteps {end} --checkpoint-interval 1000", tmp_path).stop().check()
     assert torch.load(finished.folder / "checkpoint.pt", weights_only=True)["global_step"] == end
     assert not list(finished.folder.glob("*tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "words"),
+    [
+        ("raise", "", "RuntimeError: the simulator broke"),
+        ("kill", "--async-envs", "an environment's process has died"),
+    ],
+)
+def test_failing_environment(algo, tmp_path, launch, file, flags, words):
+    """One that raises an error, or whose process dies: the run ends with its last checkpoint, and can go on."""
+    flags = small(algo, f"--env-id {odd(algo, 'Fault')} --total-timesteps 1000000 --checkpoint-interval 1 {flags}")
+    run = launch(algo, flags, tmp_path)
+    run.wait_for("return")
+    (tmp_path / file).touch()
+    result = run.stop(timeout=20)
+    assert "Traceback" in result.err  # says where in the environment
+    path = assert_failed(result, words)
+    (tmp_path / file).unlink()
+    step = torch.load(path, weights_only=True)["global_step"]
+    flags = f"--resume {path} --total-timesteps {step + budget(algo)} --no-async-envs"
+    launch(algo, flags, tmp_path).stop().check()
 
 
 def test_failing_save(algo, tmp_path, monkeypatch):

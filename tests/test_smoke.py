@@ -7,16 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL_LINE, PPO, ROOT, budget, load, read_events, run_script, small, takes
+from conftest import EVAL_LINE, PPO, ROOT, budget, load, odd, read_events, run_script, small, takes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.odd_envs import ACTIONS, OBSERVATIONS, UNFIT_ACTIONS, UNFIT_OBSERVATIONS, seen_actions
-
-
-def odd(path, name):
-    """The id of the odd environment with these observations, and with actions that the file takes."""
-    return f"tests.odd_envs:{name}{'' if takes(path, 'Discrete') else 'Continuous'}-v0"
-
 
 # ---- as a user runs it
 
@@ -104,6 +98,16 @@ def test_actions(algo, cli, name):
         low, high = np.maximum(space.low, -1e6, dtype=float), np.minimum(space.high, 1e6, dtype=float)
         assert (np.ptp(seen, axis=0) >= np.minimum((high - low) / 2, 0.9)).all()
         assert (seen.std(axis=0) > 0.3 * np.minimum(high - low, 2) / 2).all()
+
+
+@pytest.mark.parametrize("name", ["HugeReward", "OneStep", "Endless", "OnlyTruncates"])
+def test_oddities(algo, cli, name):
+    result = cli(algo, small(algo, f"--env-id {odd(algo, name)} --eval-episodes {0 if name == 'Endless' else 1}"))
+    if name == "Endless" and algo.stem == "reinforce":
+        assert result.status == 1
+        assert result.err.splitlines()[-1].startswith("error: no update: REINFORCE needs whole episodes")
+    else:
+        assert result.status == 0, result.err
 
 
 @pytest.mark.parametrize("env_id", ["envs.template:Template-v0", "envs.template:TemplateContinuous-v0"])
