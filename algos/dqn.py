@@ -456,8 +456,8 @@ class Run:
         self.first_step, self.start_time = self.global_step, time.perf_counter()
         self.running, self.returns = np.zeros((2, args.num_envs)), []
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
-        self.save()
         self.show_error, sys.excepthook = sys.excepthook, self.crash
+        self.save()
         self.interrupted = False
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.interrupt)

@@ -29,7 +29,7 @@ if [[ $args == *--log-dir* ]]; then
   folder=${args##*--log-dir }/run
   mkdir "$folder" && touch "$folder/checkpoint.pt"
 fi
-[[ -e $here/cut ]] && { echo "stopped at step 1"; exit 130; }
+[[ -e $here/cut ]] && { echo "stopped (step 1); resume with: python"; exit 130; }
 echo "eval: mean_return=1.00 std=0.00 episodes=100 checkpoint=$folder/checkpoint.pt"
 """
 
@@ -250,7 +250,7 @@ def test_report_leaves_out_runs_that_are_not_finished(tmp_path):
     runs, results = tmp_path / "runs", tmp_path / "results"
     for seed in (1, 2):
         write_run(runs, "Acrobot-v1", "ppo", seed, np.ones(60), [-80])
-    (runs / "Acrobot-v1__ppo__2/log.txt").write_text("abc1234 python algos/x.py\nstopped at step 10\n")
+    (runs / "Acrobot-v1__ppo__2/log.txt").write_text("abc1234 python algos/x.py\nstopped (step 10)\n")
     report.main(runs, results)
     assert pd.read_csv(results / "results.csv").seeds.tolist() == [1]
     (runs / "Acrobot-v1__ppo__1/log.txt").unlink()
