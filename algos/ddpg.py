@@ -34,13 +34,12 @@ import importlib.util
 import io
 import math
 import os
-import re
 import shlex
 import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +65,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # a part of the run folder's name
     seed: int = 1  # random seed of the weights, actions, minibatches and environments
     device: str = "auto"  # auto (the best there is), cpu, cuda, cuda:N or mps
-    async_envs: bool = False  # train with a process per environment, for slow simulators (Atari has threads)
+    async_envs: bool = False  # train with a process per environment, if several, for slow ones (Atari has threads)
     log_dir: str = "runs"  # where the run's folder is made
     track: bool = False  # mirror the run to Weights & Biases (needs the package wandb)
     eval_episodes: int = 10  # episodes of the deterministic policy after training (0: none)
@@ -82,7 +81,7 @@ class Args:
     gamma: float = 0.98  # discount γ
     buffer_size: int = 1_000_000  # the replay buffer keeps this many transitions, the last ones
     batch_size: int = 256  # transitions of a gradient step
-    learning_starts: int = 1000  # random steps before learning; after a resume the policy's: the buffer is not saved
+    learning_starts: int = 1000  # random steps before learning; as many of the policy after a resume (empty buffer)
     tau: float = 0.005  # τ, φ_targ ← τ φ + (1-τ) φ_targ after each gradient step
     noise: Literal["gaussian", "ou"] = "gaussian"  # exploration noise: independent, or Ornstein-Uhlenbeck
     exploration_noise: float = 0.1  # σ of the noise, in units of half the range of each action
@@ -142,13 +141,10 @@ def select_device(name: str) -> torch.device:
 
 
 # ==== shared: environments
-os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, and there may be no screen
-
-
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder: Path | None = None):
     """Make a vector environment that resets on the next step and has Box observations (other spaces are flattened).
 
-    Atari's rewards are clipped to ±1 in training, and so in its curves, but not in evaluation. With `video_folder`
+    Atari's rewards, and so its curves, are clipped to ±1 in training but not in evaluation. With `video_folder`
     every episode is written there as mp4.
     """
     atari = args.env_id.split(":")[-1].startswith("ALE/")
@@ -162,6 +158,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
         options |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
     elif atari:
         options["reward_clipping"] = not evaluation
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, and there may be no screen
     if args.capture_video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
@@ -171,7 +168,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
             if module:
                 importlib.import_module(module)
             if num_envs == 1 and not atari and name in gym.registry and gym.registry[name].entry_point:
-                options["vectorization_mode"] = "sync"  # faster than its own vector implementation, of one
+                options["vectorization_mode"] = "sync"  # for one, faster than its own vector implementation
             envs = gym.make_vec(env_id, num_envs, **options)
         if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
             raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
@@ -218,10 +215,8 @@ def numpy_mlp(network: nn.Sequential):
 
     For the few rows of one step numpy takes a third of torch's time, and need not wait for a GPU.
     """
-    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
-    *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
-    is_tanh = any(isinstance(layer, nn.Tanh) for layer in network)
-    activate = np.tanh if is_tanh else lambda x: np.maximum(x, 0)
+    *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in [*network][::2]]
+    activate = np.tanh if nn.Tanh in map(type, network) else lambda x: np.maximum(x, 0)
 
     def forward(x: np.ndarray) -> np.ndarray:
         for weight, bias in hidden:
@@ -232,23 +227,22 @@ def numpy_mlp(network: nn.Sequential):
 
 
 # ==== shared: box actions
-class BoxScale:
-    """Scales actions to the bounds of a Box, whatever they are: -1 and 1 become the low and the high of each axis.
+def box_scale(space: gym.spaces.Box):
+    """A function that scales actions, shape (B, number of axes), to elements of a Box, shape (B, *space.shape).
 
-    An axis without two finite bounds is passed through in its own units. What exceeds a bound is cut to it.
+    -1 and 1 become the low and the high of each axis, whatever they are. An axis without two finite bounds is passed
+    through in its own units. What exceeds a bound is cut to it.
     """
+    with np.errstate(over="ignore"):  # the largest floats as bounds are none
+        bounded = np.isfinite(space.high - space.low)
+    low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+    centre, half_range = (low + high) / 2, (high - low) / 2
 
-    def __init__(self, space: gym.spaces.Box):
-        with np.errstate(over="ignore"):  # the largest floats as bounds are none
-            bounded = np.isfinite(space.high - space.low)
-        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-        self.space, self.centre, self.half_range = space, (low + high) / 2, (high - low) / 2
+    def scale(actions: np.ndarray) -> np.ndarray:
+        actions = centre + half_range * actions.reshape(-1, *space.shape)
+        return np.maximum(space.low, np.minimum(space.high, actions)).astype(space.dtype, copy=False)
 
-    def __call__(self, actions: np.ndarray) -> np.ndarray:
-        """Elements of the space, shape (B, *space.shape), from `actions`, shape (B, number of axes)."""
-        actions = self.centre + self.half_range * actions.reshape(-1, *self.space.shape)
-        actions = np.maximum(self.space.low, np.minimum(self.space.high, actions))
-        return actions.astype(self.space.dtype, copy=False)
+    return scale
 
 
 # ==== actor and critic
@@ -266,7 +260,7 @@ class Agent(nn.Module):
         super().__init__()
         if not (isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"):
             raise UsageError(f"ddpg.py takes float Box actions, not {action_space}; for Discrete use dqn.py or ppo.py")
-        self.to_env = BoxScale(action_space)
+        self.to_env = box_scale(action_space)
         self.num_actions = int(np.prod(action_space.shape))
         obs_size = int(np.prod(obs_space.shape))
         self.actor = mlp(obs_size, args.hidden_sizes, self.num_actions, 0.01, nn.ReLU)
@@ -281,7 +275,7 @@ class Agent(nn.Module):
         return self.critic(torch.cat([obs.reshape(len(obs), -1), actions], 1)).squeeze(1)
 
     def policy(self):
-        """μ with the weights of now, as a function of arrays: obs to actions in [-1, 1], shape (B, num_actions)."""
+        """μ as a function of arrays, obs to actions in [-1, 1] of shape (B, A), to be made anew after each update."""
         actor = numpy_mlp(self.actor)
         return lambda obs: np.tanh(actor(obs.reshape(len(obs), -1)))
 
@@ -327,13 +321,13 @@ def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
 
 # ==== shared: evaluation
 def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
-    """Returns of `args.eval_episodes` whole episodes of the deterministic policy.
+    """Play and print `args.eval_episodes` whole episodes of the deterministic policy; gives their returns.
 
-    They are played in batches, one in each environment. Those that count are chosen by place: to take the first that
-    end would favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go
-    beside the checkpoint.
+    They are played in batches, one in each environment. Of the last batch those of the first environments count: to
+    take those that end first would favour the short ones. One that does not end is cut after 27,000 steps (Atari's half
+    hour). Videos go beside the checkpoint.
     """
-    num_envs, returns = 1 if args.capture_video else min(args.eval_episodes, 16), []
+    num_envs, returns = 1 if args.capture_video else min(max(args.eval_episodes, 1), 16), []
     video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
@@ -349,12 +343,10 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
                 break
         returns += totals.tolist()
     envs.close()
-    return returns[: args.eval_episodes]
-
-
-def print_evaluation(returns: list[float], checkpoint: str | Path) -> None:
+    returns = returns[: args.eval_episodes]
     mean, std = (np.mean(returns), np.std(returns)) if returns else (np.nan, np.nan)
     print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}")
+    return returns
 
 
 # ==== shared: run
@@ -368,11 +360,10 @@ def load_checkpoint(path: str | Path, **modules) -> dict:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint
-    except OSError as error:
-        raise UsageError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    except Exception as error:  # whatever a damaged or foreign file leads to
+    except Exception as error:  # whatever a missing, damaged or foreign file leads to
         fits = "that fits this environment and these arguments" if modules else "that can be read"
-        raise UsageError(f"{path} is not a checkpoint of {Path(__file__).name} {fits}") from error
+        why = getattr(error, "strerror", None) or f"it is not a checkpoint of {Path(__file__).name} {fits}"
+        raise UsageError(f"cannot use the checkpoint {path}: {why}") from error
 
 
 class Run:
@@ -385,9 +376,9 @@ class Run:
         for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
             if getattr(args, flag) and not importlib.util.find_spec(package):
                 raise UsageError(f"--{flag.replace('_', '-')} needs a package that is missing: pip install {package}")
-        self.args, self.rng, self.modules, self.global_step = args, rng, modules, 0
+        self.args, self.rng, self.modules, self.global_step, self.interrupted = args, rng, modules, 0, False
         folder = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.folder = Path(args.log_dir) / re.sub("[/:]", "-", folder)
+        self.folder = Path(args.log_dir) / folder.replace("/", "-").replace(":", "-")
         if args.resume:
             checkpoint = load_checkpoint(args.resume, **modules)
             self.global_step, rng.bit_generator.state = checkpoint["global_step"], checkpoint["rng"]
@@ -399,7 +390,7 @@ class Run:
         if args.track:
             import wandb
 
-            options = {"name": self.folder.name, "dir": self.folder.parent, "config": asdict(args)}
+            options = {"name": self.folder.name, "dir": self.folder.parent, "config": vars(args)}
             self.wandb_run = wandb.init(**options, sync_tensorboard=True)
         self.writer = SummaryWriter(str(self.folder), purge_step=(self.global_step + 1) if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
@@ -409,25 +400,24 @@ class Run:
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.show_error, sys.excepthook = sys.excepthook, self.crash
         self.save()
-        self.interrupted = False
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.interrupt)
 
     def interrupt(self, signum: int, frame) -> None:
-        """Ctrl-C or SIGTERM: stop after this update, where all is whole; a second one kills at once."""
+        """Ctrl-C or SIGTERM: stop at the next point where all is whole; a second one kills at once."""
         self.interrupted = True
         signal.signal(signum, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this update; once more stops at once, at the last checkpoint\n")
+        os.write(2, b"\nstopping soon; once more stops at once, at the last checkpoint\n")
 
     def log_rollout(self, obs, rewards, ended, valid, scalars: dict[str, float]) -> None:
         """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due.
 
         obs, of any shape: what the environments have shown since the last call. What is not finite ends the run.
         """
-        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns, lengths so far …
+        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # return, length so far
         for t, n in np.argwhere(ended):
             episodic_return, length = totals[:, t, n]
-            totals[:, t:, n] -= [[episodic_return], [length]]  # … of this episode: the next counts from here
+            totals[:, t:, n] -= [[episodic_return], [length]]  # the next episode counts from here
             step = self.global_step + (t + 1) * ended.shape[1]
             self.writer.add_scalar("charts/episodic_return", episodic_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
@@ -448,8 +438,6 @@ class Run:
         self.bar.update(ended.size)
         if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
             self.save()
-        if self.interrupted:
-            self.stop(130, "stopped")
 
     def stop(self, status: int, reason: str) -> None:
         """Say why the run ends here and how to go on, and exit."""
@@ -474,25 +462,25 @@ class Run:
             self.stop(1, "error: a weight is not finite; a lower --learning-rate may help")
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
-        state["args"] = asdict(replace(self.args, resume="", evaluate=""))
+        state["args"] = vars(self.args) | {"resume": "", "evaluate": ""}
         temporary = self.checkpoint.with_suffix(".tmp")
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.checkpoint)
+        if self.interrupted:
+            self.stop(130, "stopped")
 
     def finish(self, agent: Agent) -> None:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
-        if self.interrupted:
-            self.stop(130, "stopped")
         self.bar.total = self.bar.n  # the rest of the budget is too short for an update
         self.bar.close()
         try:
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
-            returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
+            returns = evaluate(agent, self.args, self.checkpoint)
         except KeyboardInterrupt:
             self.stop(130, "stopped")
         for episode, episodic_return in enumerate(returns):
@@ -500,14 +488,13 @@ class Run:
         self.writer.close()
         if self.args.track:
             self.wandb_run.finish()
-        print_evaluation(returns, self.checkpoint)
 
 
 # ==== DDPG
-def bellman_target(target: Agent, rewards, next_obs, terminated, gamma: float) -> torch.Tensor:
+def bellman_target(target: Agent, rewards, next_obs, terminated, args: Args) -> torch.Tensor:
     """y of B transitions, shape (B,)."""
     with torch.no_grad():
-        return rewards + gamma * ~terminated * target.q(next_obs, target.mu(next_obs))
+        return rewards + args.gamma * ~terminated * target.q(next_obs, target.mu(next_obs))
 
 
 def train(args: Args) -> Agent:
@@ -530,10 +517,8 @@ def train(args: Args) -> Agent:
     valid = np.ones(N, bool)  # false on steps that only reset
     noise, memory = np.zeros((N, A), np.float32), 0.85 if args.noise == "ou" else 0.0  # x and 1 - θ
 
-    optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    run = Run(args, rng, agent=agent, target=target, **optimizers)
-    for optimizer in optimizers.values():
-        optimizer.param_groups[0]["lr"] = args.learning_rate  # not that of a resumed optimizer
+    run = Run(args, rng, agent=agent, target=target, actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+    actor_optimizer.param_groups[0]["lr"] = critic_optimizer.param_groups[0]["lr"] = args.learning_rate  # not resumed
     obs, _ = envs.reset(seed=args.seed + run.global_step)
     obs = obs.astype(agent.obs_dtype)
     while run.global_step + N <= args.total_timesteps:
@@ -554,7 +539,7 @@ def train(args: Args) -> Agent:
         if run.global_step + N >= run.first_step + args.learning_starts:
             for _ in range(N):
                 b_obs, b_actions, b_rewards, b_next_obs, b_terminated = buffer.sample(args.batch_size, rng, device)
-                y = bellman_target(target, b_rewards, b_next_obs, b_terminated, args.gamma)
+                y = bellman_target(target, b_rewards, b_next_obs, b_terminated, args)
                 q = agent.q(b_obs, b_actions)
                 critic_loss = F.mse_loss(q, y)
                 critic_optimizer.zero_grad()
@@ -572,7 +557,7 @@ def train(args: Args) -> Agent:
                 "losses/q_values": q.mean().item(),
             }
         run.log_rollout(next_obs, rewards[None], ended[None], valid[None], scalars)
-        noise *= valid[:, None]  # 0 before an episode
+        noise *= valid[:, None]  # x = 0 before an episode: after a step that only reset
         obs, valid = next_obs, ~ended
     envs.close()
     run.finish(agent)
@@ -591,7 +576,7 @@ def main() -> None:
         envs = make_envs(args, num_envs=1, evaluation=True)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
         load_checkpoint(args.evaluate, agent=agent)
-        print_evaluation(evaluate(agent, args, Path(args.evaluate)), args.evaluate)
+        evaluate(agent, args, Path(args.evaluate))
     except UsageError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

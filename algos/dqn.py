@@ -13,8 +13,8 @@ the other tell its value:
 
     y = r + γ (1 - terminated) Q_targ(s', argmax_a' Q(s', a'))
 
-(The paper clips the error of each transition to ±1, but it clips the rewards as well. Without that, the many small
-errors outweigh the few large ones at the ends of episodes: on CartPole Q diverged.)
+(The paper clips the error of each transition to ±1. We do not: with that, the many small errors outweigh the few large
+ones at the ends of episodes, and on CartPole Q diverged.)
 
 Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With no --hidden-sizes Q
 is linear, and on a Discrete observation, which is flattened to one-hot, a table (plus a bias for each action): tabular
@@ -37,13 +37,12 @@ import importlib.util
 import io
 import math
 import os
-import re
 import shlex
 import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -68,7 +67,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # a part of the run folder's name
     seed: int = 1  # random seed of the weights, actions, minibatches and environments
     device: str = "auto"  # auto (the best there is), cpu, cuda, cuda:N or mps
-    async_envs: bool = False  # train with a process per environment, for slow simulators (Atari has threads)
+    async_envs: bool = False  # train with a process per environment, if several, for slow ones (Atari has threads)
     log_dir: str = "runs"  # where the run's folder is made
     track: bool = False  # mirror the run to Weights & Biases (needs the package wandb)
     eval_episodes: int = 10  # episodes of the deterministic policy after training (0: none)
@@ -84,15 +83,15 @@ class Args:
     gamma: float = 0.99  # discount γ
     buffer_size: int = 100_000  # the replay buffer keeps the last transitions, about this many
     batch_size: int = 128  # transitions of a gradient step
-    learning_starts: int = 1000  # steps before learning; again after a resume, for the buffer, which is not saved
+    learning_starts: int = 1000  # steps before learning; so many again after a resume: the buffer is not saved
     train_frequency: int = 4  # environment steps between updates of Q, rounded to whole steps of all environments
     gradient_steps: int = 1  # gradient steps of each update
     target_network_frequency: int = 20  # environment steps between updates of Q_targ
     tau: float = 0.05  # τ, Q_targ ← τ Q + (1-τ) Q_targ: 1 copies
     start_e: float = 1.0  # ε at the start
     end_e: float = 0.05  # ε at the end
-    exploration_fraction: float = 0.2  # share of the training in which ε falls from the one to the other
-    double_q: bool = False  # Double DQN: in y, Q chooses the action that Q_targ values
+    exploration_fraction: float = 0.2  # share of the training in which ε falls from start_e to end_e
+    double_q: bool = False  # Double DQN: Q chooses the action in y, Q_targ tells its value
 
     def __post_init__(self):
         limits = (
@@ -149,13 +148,10 @@ def select_device(name: str) -> torch.device:
 
 
 # ==== shared: environments
-os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, and there may be no screen
-
-
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder: Path | None = None):
     """Make a vector environment that resets on the next step and has Box observations (other spaces are flattened).
 
-    Atari's rewards are clipped to ±1 in training, and so in its curves, but not in evaluation. With `video_folder`
+    Atari's rewards, and so its curves, are clipped to ±1 in training but not in evaluation. With `video_folder`
     every episode is written there as mp4.
     """
     atari = args.env_id.split(":")[-1].startswith("ALE/")
@@ -169,6 +165,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
         options |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
     elif atari:
         options["reward_clipping"] = not evaluation
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, and there may be no screen
     if args.capture_video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
@@ -178,7 +175,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
             if module:
                 importlib.import_module(module)
             if num_envs == 1 and not atari and name in gym.registry and gym.registry[name].entry_point:
-                options["vectorization_mode"] = "sync"  # faster than its own vector implementation, of one
+                options["vectorization_mode"] = "sync"  # for one, faster than its own vector implementation
             envs = gym.make_vec(env_id, num_envs, **options)
         if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
             raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
@@ -225,10 +222,8 @@ def numpy_mlp(network: nn.Sequential):
 
     For the few rows of one step numpy takes a third of torch's time, and need not wait for a GPU.
     """
-    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
-    *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
-    is_tanh = any(isinstance(layer, nn.Tanh) for layer in network)
-    activate = np.tanh if is_tanh else lambda x: np.maximum(x, 0)
+    *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in [*network][::2]]
+    activate = np.tanh if nn.Tanh in map(type, network) else lambda x: np.maximum(x, 0)
 
     def forward(x: np.ndarray) -> np.ndarray:
         for weight, bias in hidden:
@@ -239,19 +234,13 @@ def numpy_mlp(network: nn.Sequential):
 
 
 # ==== shared: images
-def is_image(space: gym.spaces.Box) -> bool:
-    """Whether these observations are images: uint8, three axes, two of at least 36 pixels."""
-    return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
-
-
 class Convolutions(nn.Sequential):
     """Those of Mnih et al. (2015), for images with their channels, the shortest axis, first or last."""
 
     def __init__(self, space: gym.spaces.Box):
         self.channels_last = space.shape[2] < space.shape[0]  # a plain bool may be set before super().__init__
-        c1 = nn.Conv2d(space.shape[2 if self.channels_last else 0], 32, kernel_size=8, stride=4)
-        c2, c3 = nn.Conv2d(32, 64, kernel_size=4, stride=2), nn.Conv2d(64, 64, kernel_size=3, stride=1)
-        layers = [layer for conv in (c1, c2, c3) for layer in (layer_init(conv), nn.ReLU())]
+        sizes = (min(space.shape[0], space.shape[2]), 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)  # in, out, size, stride
+        layers = [layer for size in sizes for layer in (layer_init(nn.Conv2d(*size)), nn.ReLU())]
         super().__init__(*layers, nn.Flatten())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -274,7 +263,7 @@ class Agent(nn.Module):
             raise UsageError(f"dqn.py takes Discrete actions, not {action_space}; for Box use ddpg.py or ppo.py")
         self.num_actions = int(action_space.n)
         self.to_env = lambda actions: actions + action_space.start  # to elements of the environment's space
-        self.is_image = is_image(obs_space)
+        self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) == 3 and sorted(obs_space.shape)[1] >= 36
         self.obs_dtype = np.uint8 if self.is_image else np.float32
         self.convolutions = Convolutions(obs_space) if self.is_image else None
         num_features = self.features(torch.zeros(1, *obs_space.shape)).shape[1]
@@ -290,14 +279,15 @@ class Agent(nn.Module):
 
     def policy(self):
         """argmax_a Q(s, a) as a function of arrays, obs to actions of shape (B,), to be made anew after each update."""
-        if self.is_image:
-
-            def q(obs):
-                with torch.inference_mode():
-                    return self(torch.as_tensor(obs, device=self.q[0].weight.device)).numpy(force=True)
-        else:
+        if not self.is_image:
             q = numpy_mlp(self.q)
-        return lambda obs: q(obs if self.is_image else obs.reshape(len(obs), -1)).argmax(-1)
+            return lambda obs: q(obs.reshape(len(obs), -1)).argmax(-1)
+
+        @torch.inference_mode()
+        def act(obs):
+            return self(torch.as_tensor(obs, device=self.q[0].weight.device)).argmax(-1).numpy(force=True)
+
+        return act
 
 
 # ==== replay buffer
@@ -346,7 +336,7 @@ class ReplayBuffer:
             if self.used < self.places:
                 self.used = max(self.used, place.max(initial=-1) + 1)
 
-    def add(self, actions, rewards, terminated, next_obs, valid) -> None:
+    def add(self, actions, rewards, next_obs, terminated, valid) -> None:
         """Put in the transitions from the observations that were stored last, arrays (N, ...)."""
         place = self.place.copy()
         self.actions[place], self.rewards[place], self.terminated[place] = actions, rewards, terminated
@@ -376,13 +366,13 @@ def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
 
 # ==== shared: evaluation
 def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
-    """Returns of `args.eval_episodes` whole episodes of the deterministic policy.
+    """Play and print `args.eval_episodes` whole episodes of the deterministic policy; gives their returns.
 
-    They are played in batches, one in each environment. Those that count are chosen by place: to take the first that
-    end would favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go
-    beside the checkpoint.
+    They are played in batches, one in each environment. Of the last batch those of the first environments count: to
+    take those that end first would favour the short ones. One that does not end is cut after 27,000 steps (Atari's half
+    hour). Videos go beside the checkpoint.
     """
-    num_envs, returns = 1 if args.capture_video else min(args.eval_episodes, 16), []
+    num_envs, returns = 1 if args.capture_video else min(max(args.eval_episodes, 1), 16), []
     video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
@@ -398,12 +388,10 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
                 break
         returns += totals.tolist()
     envs.close()
-    return returns[: args.eval_episodes]
-
-
-def print_evaluation(returns: list[float], checkpoint: str | Path) -> None:
+    returns = returns[: args.eval_episodes]
     mean, std = (np.mean(returns), np.std(returns)) if returns else (np.nan, np.nan)
     print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}")
+    return returns
 
 
 # ==== shared: run
@@ -417,11 +405,10 @@ def load_checkpoint(path: str | Path, **modules) -> dict:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint
-    except OSError as error:
-        raise UsageError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    except Exception as error:  # whatever a damaged or foreign file leads to
+    except Exception as error:  # whatever a missing, damaged or foreign file leads to
         fits = "that fits this environment and these arguments" if modules else "that can be read"
-        raise UsageError(f"{path} is not a checkpoint of {Path(__file__).name} {fits}") from error
+        why = getattr(error, "strerror", None) or f"it is not a checkpoint of {Path(__file__).name} {fits}"
+        raise UsageError(f"cannot use the checkpoint {path}: {why}") from error
 
 
 class Run:
@@ -434,9 +421,9 @@ class Run:
         for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
             if getattr(args, flag) and not importlib.util.find_spec(package):
                 raise UsageError(f"--{flag.replace('_', '-')} needs a package that is missing: pip install {package}")
-        self.args, self.rng, self.modules, self.global_step = args, rng, modules, 0
+        self.args, self.rng, self.modules, self.global_step, self.interrupted = args, rng, modules, 0, False
         folder = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.folder = Path(args.log_dir) / re.sub("[/:]", "-", folder)
+        self.folder = Path(args.log_dir) / folder.replace("/", "-").replace(":", "-")
         if args.resume:
             checkpoint = load_checkpoint(args.resume, **modules)
             self.global_step, rng.bit_generator.state = checkpoint["global_step"], checkpoint["rng"]
@@ -448,7 +435,7 @@ class Run:
         if args.track:
             import wandb
 
-            options = {"name": self.folder.name, "dir": self.folder.parent, "config": asdict(args)}
+            options = {"name": self.folder.name, "dir": self.folder.parent, "config": vars(args)}
             self.wandb_run = wandb.init(**options, sync_tensorboard=True)
         self.writer = SummaryWriter(str(self.folder), purge_step=(self.global_step + 1) if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
@@ -458,25 +445,24 @@ class Run:
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.show_error, sys.excepthook = sys.excepthook, self.crash
         self.save()
-        self.interrupted = False
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.interrupt)
 
     def interrupt(self, signum: int, frame) -> None:
-        """Ctrl-C or SIGTERM: stop after this update, where all is whole; a second one kills at once."""
+        """Ctrl-C or SIGTERM: stop at the next point where all is whole; a second one kills at once."""
         self.interrupted = True
         signal.signal(signum, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this update; once more stops at once, at the last checkpoint\n")
+        os.write(2, b"\nstopping soon; once more stops at once, at the last checkpoint\n")
 
     def log_rollout(self, obs, rewards, ended, valid, scalars: dict[str, float]) -> None:
         """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due.
 
         obs, of any shape: what the environments have shown since the last call. What is not finite ends the run.
         """
-        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns, lengths so far …
+        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # return, length so far
         for t, n in np.argwhere(ended):
             episodic_return, length = totals[:, t, n]
-            totals[:, t:, n] -= [[episodic_return], [length]]  # … of this episode: the next counts from here
+            totals[:, t:, n] -= [[episodic_return], [length]]  # the next episode counts from here
             step = self.global_step + (t + 1) * ended.shape[1]
             self.writer.add_scalar("charts/episodic_return", episodic_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
@@ -497,8 +483,6 @@ class Run:
         self.bar.update(ended.size)
         if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
             self.save()
-        if self.interrupted:
-            self.stop(130, "stopped")
 
     def stop(self, status: int, reason: str) -> None:
         """Say why the run ends here and how to go on, and exit."""
@@ -523,25 +507,25 @@ class Run:
             self.stop(1, "error: a weight is not finite; a lower --learning-rate may help")
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
-        state["args"] = asdict(replace(self.args, resume="", evaluate=""))
+        state["args"] = vars(self.args) | {"resume": "", "evaluate": ""}
         temporary = self.checkpoint.with_suffix(".tmp")
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.checkpoint)
+        if self.interrupted:
+            self.stop(130, "stopped")
 
     def finish(self, agent: Agent) -> None:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
-        if self.interrupted:
-            self.stop(130, "stopped")
         self.bar.total = self.bar.n  # the rest of the budget is too short for an update
         self.bar.close()
         try:
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
-            returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
+            returns = evaluate(agent, self.args, self.checkpoint)
         except KeyboardInterrupt:
             self.stop(130, "stopped")
         for episode, episodic_return in enumerate(returns):
@@ -549,7 +533,6 @@ class Run:
         self.writer.close()
         if self.args.track:
             self.wandb_run.finish()
-        print_evaluation(returns, self.checkpoint)
 
 
 # ==== DQN
@@ -601,7 +584,7 @@ def train(args: Args) -> Agent:
             obs[t + 1], rewards[t], terminated, truncated, _ = envs.step(agent.to_env(actions))
             valid[t] = ~ended[t - 1]  # row -1 is, until it is overwritten, the last of the steps before
             rewards[t] *= valid[t]
-            buffer.add(actions, rewards[t], terminated, obs[t + 1], valid[t])
+            buffer.add(actions, rewards[t], obs[t + 1], terminated, valid[t])
             ended[t] = terminated | truncated
 
         # Gradient steps, on transitions from the buffer.
@@ -636,7 +619,7 @@ def main() -> None:
         envs = make_envs(args, num_envs=1, evaluation=True)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
         load_checkpoint(args.evaluate, agent=agent)
-        print_evaluation(evaluate(agent, args, Path(args.evaluate)), args.evaluate)
+        evaluate(agent, args, Path(args.evaluate))
     except UsageError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

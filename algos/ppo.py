@@ -25,13 +25,12 @@ import importlib.util
 import io
 import math
 import os
-import re
 import shlex
 import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -55,7 +54,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # a part of the run folder's name
     seed: int = 1  # random seed of the weights, actions, minibatches and environments
     device: str = "auto"  # auto (the best there is), cpu, cuda, cuda:N or mps
-    async_envs: bool = False  # train with a process per environment, for slow simulators (Atari has threads)
+    async_envs: bool = False  # train with a process per environment, if several, for slow ones (Atari has threads)
     log_dir: str = "runs"  # where the run's folder is made
     track: bool = False  # mirror the run to Weights & Biases (needs the package wandb)
     eval_episodes: int = 10  # episodes of the deterministic policy after training (0: none)
@@ -141,13 +140,10 @@ def select_device(name: str) -> torch.device:
 
 
 # ==== shared: environments
-os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, and there may be no screen
-
-
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder: Path | None = None):
     """Make a vector environment that resets on the next step and has Box observations (other spaces are flattened).
 
-    Atari's rewards are clipped to ±1 in training, and so in its curves, but not in evaluation. With `video_folder`
+    Atari's rewards, and so its curves, are clipped to ±1 in training but not in evaluation. With `video_folder`
     every episode is written there as mp4.
     """
     atari = args.env_id.split(":")[-1].startswith("ALE/")
@@ -161,6 +157,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
         options |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
     elif atari:
         options["reward_clipping"] = not evaluation
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, and there may be no screen
     if args.capture_video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
@@ -170,7 +167,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
             if module:
                 importlib.import_module(module)
             if num_envs == 1 and not atari and name in gym.registry and gym.registry[name].entry_point:
-                options["vectorization_mode"] = "sync"  # faster than its own vector implementation, of one
+                options["vectorization_mode"] = "sync"  # for one, faster than its own vector implementation
             envs = gym.make_vec(env_id, num_envs, **options)
         if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
             raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
@@ -217,10 +214,8 @@ def numpy_mlp(network: nn.Sequential):
 
     For the few rows of one step numpy takes a third of torch's time, and need not wait for a GPU.
     """
-    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
-    *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linear]
-    is_tanh = any(isinstance(layer, nn.Tanh) for layer in network)
-    activate = np.tanh if is_tanh else lambda x: np.maximum(x, 0)
+    *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in [*network][::2]]
+    activate = np.tanh if nn.Tanh in map(type, network) else lambda x: np.maximum(x, 0)
 
     def forward(x: np.ndarray) -> np.ndarray:
         for weight, bias in hidden:
@@ -231,19 +226,13 @@ def numpy_mlp(network: nn.Sequential):
 
 
 # ==== shared: images
-def is_image(space: gym.spaces.Box) -> bool:
-    """Whether these observations are images: uint8, three axes, two of at least 36 pixels."""
-    return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
-
-
 class Convolutions(nn.Sequential):
     """Those of Mnih et al. (2015), for images with their channels, the shortest axis, first or last."""
 
     def __init__(self, space: gym.spaces.Box):
         self.channels_last = space.shape[2] < space.shape[0]  # a plain bool may be set before super().__init__
-        c1 = nn.Conv2d(space.shape[2 if self.channels_last else 0], 32, kernel_size=8, stride=4)
-        c2, c3 = nn.Conv2d(32, 64, kernel_size=4, stride=2), nn.Conv2d(64, 64, kernel_size=3, stride=1)
-        layers = [layer for conv in (c1, c2, c3) for layer in (layer_init(conv), nn.ReLU())]
+        sizes = (min(space.shape[0], space.shape[2]), 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)  # in, out, size, stride
+        layers = [layer for size in sizes for layer in (layer_init(nn.Conv2d(*size)), nn.ReLU())]
         super().__init__(*layers, nn.Flatten())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -252,23 +241,22 @@ class Convolutions(nn.Sequential):
 
 
 # ==== shared: box actions
-class BoxScale:
-    """Scales actions to the bounds of a Box, whatever they are: -1 and 1 become the low and the high of each axis.
+def box_scale(space: gym.spaces.Box):
+    """A function that scales actions, shape (B, number of axes), to elements of a Box, shape (B, *space.shape).
 
-    An axis without two finite bounds is passed through in its own units. What exceeds a bound is cut to it.
+    -1 and 1 become the low and the high of each axis, whatever they are. An axis without two finite bounds is passed
+    through in its own units. What exceeds a bound is cut to it.
     """
+    with np.errstate(over="ignore"):  # the largest floats as bounds are none
+        bounded = np.isfinite(space.high - space.low)
+    low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+    centre, half_range = (low + high) / 2, (high - low) / 2
 
-    def __init__(self, space: gym.spaces.Box):
-        with np.errstate(over="ignore"):  # the largest floats as bounds are none
-            bounded = np.isfinite(space.high - space.low)
-        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-        self.space, self.centre, self.half_range = space, (low + high) / 2, (high - low) / 2
+    def scale(actions: np.ndarray) -> np.ndarray:
+        actions = centre + half_range * actions.reshape(-1, *space.shape)
+        return np.maximum(space.low, np.minimum(space.high, actions)).astype(space.dtype, copy=False)
 
-    def __call__(self, actions: np.ndarray) -> np.ndarray:
-        """Elements of the space, shape (B, *space.shape), from `actions`, shape (B, number of axes)."""
-        actions = self.centre + self.half_range * actions.reshape(-1, *self.space.shape)
-        actions = np.maximum(self.space.low, np.minimum(self.space.high, actions))
-        return actions.astype(self.space.dtype, copy=False)
+    return scale
 
 
 # ==== shared: statistics
@@ -304,18 +292,16 @@ class Agent(nn.Module):
         super().__init__()
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
         if not (self.is_discrete or (isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f")):
-            raise UsageError(
-                f"{Path(__file__).name} takes Discrete and float Box actions; no file here takes {action_space}"
-            )
+            raise UsageError(f"{Path(__file__).name} takes Discrete or float Box actions; no file takes {action_space}")
         self.action_dtype = np.int64 if self.is_discrete else np.float32
         self.num_actions = int(action_space.n if self.is_discrete else np.prod(action_space.shape))
         if self.is_discrete:
             self.to_env = lambda actions: actions + action_space.start  # to elements of the environment's space
         else:
-            self.to_env = BoxScale(action_space)
+            self.to_env = box_scale(action_space)
             self.log_std = nn.Parameter(torch.full((self.num_actions,), args.log_std_init))
 
-        self.is_image = is_image(obs_space)
+        self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) == 3 and sorted(obs_space.shape)[1] >= 36
         self.obs_dtype = np.uint8 if self.is_image else np.float32
         if args.norm_obs and self.is_image:
             raise UsageError("--norm-obs is not for images, which are scaled to [0, 1] anyway")
@@ -329,18 +315,16 @@ class Agent(nn.Module):
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         """The input of actor and critic, shape (B, num_features), made of `obs`, shape (B, *obs_space.shape)."""
-        if self.is_image:
-            return self.convolutions(obs)
-        obs = obs.reshape(len(obs), -1)
+        features = self.convolutions(obs) if self.is_image else obs.reshape(len(obs), -1)
         if self.obs_stats is None:
-            return obs
-        return ((obs - self.obs_stats.mean) * (self.obs_stats.var + 1e-8).rsqrt()).clamp(-10, 10)
+            return features
+        return ((features - self.obs_stats.mean) * (self.obs_stats.var + 1e-8).rsqrt()).clamp(-10, 10)
 
     def policy(self):
         """π as a function of arrays, to be made anew after each update: act(obs, noise) samples a ~ π(·|s), act(obs) is
         the mode or mean. Actions have shape (B,) if Discrete, else (B, num_actions).
         """
-        actor = numpy_mlp(self.actor)
+        actor = None if self.is_image else numpy_mlp(self.actor)
         if self.obs_stats is not None:
             mean, std = self.obs_stats.mean.numpy(force=True), np.sqrt(self.obs_stats.var.numpy(force=True) + 1e-8)
 
@@ -404,13 +388,13 @@ def compute_gae(rewards, values, terminated, truncated, gamma: float, gae_lambda
 
 # ==== shared: evaluation
 def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
-    """Returns of `args.eval_episodes` whole episodes of the deterministic policy.
+    """Play and print `args.eval_episodes` whole episodes of the deterministic policy; gives their returns.
 
-    They are played in batches, one in each environment. Those that count are chosen by place: to take the first that
-    end would favour the short ones. One that does not end is cut after 27,000 steps (Atari's half hour). Videos go
-    beside the checkpoint.
+    They are played in batches, one in each environment. Of the last batch those of the first environments count: to
+    take those that end first would favour the short ones. One that does not end is cut after 27,000 steps (Atari's half
+    hour). Videos go beside the checkpoint.
     """
-    num_envs, returns = 1 if args.capture_video else min(args.eval_episodes, 16), []
+    num_envs, returns = 1 if args.capture_video else min(max(args.eval_episodes, 1), 16), []
     video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
     envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
     act = agent.policy()
@@ -426,12 +410,10 @@ def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
                 break
         returns += totals.tolist()
     envs.close()
-    return returns[: args.eval_episodes]
-
-
-def print_evaluation(returns: list[float], checkpoint: str | Path) -> None:
+    returns = returns[: args.eval_episodes]
     mean, std = (np.mean(returns), np.std(returns)) if returns else (np.nan, np.nan)
     print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}")
+    return returns
 
 
 # ==== shared: run
@@ -445,11 +427,10 @@ def load_checkpoint(path: str | Path, **modules) -> dict:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint
-    except OSError as error:
-        raise UsageError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    except Exception as error:  # whatever a damaged or foreign file leads to
+    except Exception as error:  # whatever a missing, damaged or foreign file leads to
         fits = "that fits this environment and these arguments" if modules else "that can be read"
-        raise UsageError(f"{path} is not a checkpoint of {Path(__file__).name} {fits}") from error
+        why = getattr(error, "strerror", None) or f"it is not a checkpoint of {Path(__file__).name} {fits}"
+        raise UsageError(f"cannot use the checkpoint {path}: {why}") from error
 
 
 class Run:
@@ -462,9 +443,9 @@ class Run:
         for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
             if getattr(args, flag) and not importlib.util.find_spec(package):
                 raise UsageError(f"--{flag.replace('_', '-')} needs a package that is missing: pip install {package}")
-        self.args, self.rng, self.modules, self.global_step = args, rng, modules, 0
+        self.args, self.rng, self.modules, self.global_step, self.interrupted = args, rng, modules, 0, False
         folder = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.folder = Path(args.log_dir) / re.sub("[/:]", "-", folder)
+        self.folder = Path(args.log_dir) / folder.replace("/", "-").replace(":", "-")
         if args.resume:
             checkpoint = load_checkpoint(args.resume, **modules)
             self.global_step, rng.bit_generator.state = checkpoint["global_step"], checkpoint["rng"]
@@ -476,7 +457,7 @@ class Run:
         if args.track:
             import wandb
 
-            options = {"name": self.folder.name, "dir": self.folder.parent, "config": asdict(args)}
+            options = {"name": self.folder.name, "dir": self.folder.parent, "config": vars(args)}
             self.wandb_run = wandb.init(**options, sync_tensorboard=True)
         self.writer = SummaryWriter(str(self.folder), purge_step=(self.global_step + 1) if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
@@ -486,25 +467,24 @@ class Run:
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.show_error, sys.excepthook = sys.excepthook, self.crash
         self.save()
-        self.interrupted = False
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.interrupt)
 
     def interrupt(self, signum: int, frame) -> None:
-        """Ctrl-C or SIGTERM: stop after this update, where all is whole; a second one kills at once."""
+        """Ctrl-C or SIGTERM: stop at the next point where all is whole; a second one kills at once."""
         self.interrupted = True
         signal.signal(signum, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this update; once more stops at once, at the last checkpoint\n")
+        os.write(2, b"\nstopping soon; once more stops at once, at the last checkpoint\n")
 
     def log_rollout(self, obs, rewards, ended, valid, scalars: dict[str, float]) -> None:
         """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due.
 
         obs, of any shape: what the environments have shown since the last call. What is not finite ends the run.
         """
-        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # returns, lengths so far …
+        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # return, length so far
         for t, n in np.argwhere(ended):
             episodic_return, length = totals[:, t, n]
-            totals[:, t:, n] -= [[episodic_return], [length]]  # … of this episode: the next counts from here
+            totals[:, t:, n] -= [[episodic_return], [length]]  # the next episode counts from here
             step = self.global_step + (t + 1) * ended.shape[1]
             self.writer.add_scalar("charts/episodic_return", episodic_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
@@ -525,8 +505,6 @@ class Run:
         self.bar.update(ended.size)
         if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
             self.save()
-        if self.interrupted:
-            self.stop(130, "stopped")
 
     def stop(self, status: int, reason: str) -> None:
         """Say why the run ends here and how to go on, and exit."""
@@ -551,25 +529,25 @@ class Run:
             self.stop(1, "error: a weight is not finite; a lower --learning-rate may help")
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
-        state["args"] = asdict(replace(self.args, resume="", evaluate=""))
+        state["args"] = vars(self.args) | {"resume": "", "evaluate": ""}
         temporary = self.checkpoint.with_suffix(".tmp")
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.checkpoint)
+        if self.interrupted:
+            self.stop(130, "stopped")
 
     def finish(self, agent: Agent) -> None:
         """Write the last checkpoint, evaluate the agent, and print the result."""
         self.save()
-        if self.interrupted:
-            self.stop(130, "stopped")
         self.bar.total = self.bar.n  # the rest of the budget is too short for an update
         self.bar.close()
         try:
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
-            returns = evaluate(agent, self.args, self.checkpoint) if self.args.eval_episodes else []
+            returns = evaluate(agent, self.args, self.checkpoint)
         except KeyboardInterrupt:
             self.stop(130, "stopped")
         for episode, episodic_return in enumerate(returns):
@@ -577,12 +555,11 @@ class Run:
         self.writer.close()
         if self.args.track:
             self.wandb_run.finish()
-        print_evaluation(returns, self.checkpoint)
 
 
 # ==== PPO
 def ppo_loss(agent: Agent, obs, actions, old_log_probs, old_values, advantages, returns, args: Args):
-    """The loss -L of B transitions, its parts, and log ρ. All but obs and actions have shape (B,)."""
+    """The loss -L of B transitions, its parts, and log ρ. All but obs, actions and args: (B,)."""
     log_probs, entropy, values = agent.evaluate_actions(obs, actions)
     log_ratio = log_probs - old_log_probs
     ratio = log_ratio.exp()
@@ -614,8 +591,8 @@ def train(args: Args) -> Agent:
     loss_function = torch.compile(ppo_loss, fullgraph=True) if args.compile else ppo_loss
 
     # shared: buffer
-    # T steps of N environments. Row T of obs is what follows them; the action there is of no use, but gives V(s_T) in
-    # the same batch. Row -1 of the others is, until it is overwritten, the last of the rollout before.
+    # T steps of N environments. Row T of obs is what follows them, for V(s_T); the action there only fills the batch.
+    # Row -1 of the others is, until it is overwritten, the last of the rollout before.
     T, N = args.num_steps, args.num_envs
     obs = np.zeros((T + 1, *envs.observation_space.shape), agent.obs_dtype)
     actions = np.zeros((T + 1, N) if agent.is_discrete else (T + 1, N, agent.num_actions), agent.action_dtype)
@@ -657,7 +634,7 @@ def train(args: Args) -> Agent:
             advantages = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
         # shared: end
         b_advantages, b_returns = (torch.as_tensor(x, device=device).flatten() for x in (advantages, returns))
-        batch = (b_obs, b_actions, b_log_probs, b_values, b_advantages, b_returns)
+        batch = (b_obs, b_actions, b_log_probs, b_values, b_advantages, b_returns)  # the first four go on with row T
 
         # Maximise L for K epochs of minibatches.
         remaining = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
@@ -681,7 +658,7 @@ def train(args: Args) -> Agent:
             agent.obs_stats.update(torch.as_tensor(obs[:T][valid], device=device).flatten(1))
 
         scalars = {
-            "losses/policy_loss": policy_loss.item(),  # the losses are those of the last minibatch
+            "losses/policy_loss": policy_loss.item(),  # this and the next two are of the last minibatch
             "losses/value_loss": value_loss.item(),
             "losses/entropy": entropy.item(),
             "losses/approx_kl": approx_kl,
@@ -707,7 +684,7 @@ def main() -> None:
         envs = make_envs(args, num_envs=1, evaluation=True)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
         load_checkpoint(args.evaluate, agent=agent)
-        print_evaluation(evaluate(agent, args, Path(args.evaluate)), args.evaluate)
+        evaluate(agent, args, Path(args.evaluate))
     except UsageError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -414,7 +414,7 @@ def test_observation_statistics_are_those_of_all_transitions_and_change_only_bet
     uses = uses[[name for name, _ in uses].index("policy") :]  # not those while it was made
     rollouts = [[name for name, _ in group] for _, group in groupby(uses, key=lambda use: use[1])]
     assert [mean for mean, _ in groupby(mean for _, mean in uses)] == pytest.approx(expected[: len(rollouts)], rel=1e-4)
-    assert len(rollouts) == len(updates) + (module is reinforce)  # which begins episodes that the budget cuts
+    assert len(rollouts) == len(updates) + 1  # the evaluation
     for names in rollouts[: len(updates)]:
         assert names[0] == "policy"
         assert names.count("policy") == 1
@@ -505,15 +505,9 @@ def test_the_explained_variance_is_that_of_the_returns_by_the_values_before_the_
         assert scalars(tmp_path)["losses/explained_variance"][i] == ((i + 1) * 64, pytest.approx(explained, rel=1e-3))
 
 
-def test_the_last_line_has_mean_and_deviation_of_the_returns(capsys):
-    ppo.print_evaluation([1.0, 4.0], Path("runs/x/checkpoint.pt"))
-    expected = "eval: mean_return=2.50 std=1.50 episodes=2 checkpoint=runs/x/checkpoint.pt\n"
-    assert capsys.readouterr().out == expected
-
-
 @pytest.mark.parametrize("env", ["Trace-v0", "PaidResets-v0"])
 @pytest.mark.parametrize("episodes", [1, 7, 20])
-def test_evaluation_plays_whole_episodes_of_the_mode_whichever_ends_first(env, episodes, tmp_path):
+def test_evaluation_plays_whole_episodes_of_the_mode_whichever_ends_first(env, episodes, tmp_path, capsys):
     args = ppo.Args(env_id=f"tests.tiny_envs:{env}", eval_episodes=episodes, seed=3)
     agent = make_agent(Trace.observation_space, Trace.action_space, scale=0.3, norm_obs=True, norm_reward=True)
     agent.obs_stats.update(torch.tensor([[1e6, 0.0, 0.0], [1e6 + 16.0, 1.0, 1.0]]))
@@ -535,6 +529,8 @@ def test_evaluation_plays_whole_episodes_of_the_mode_whichever_ends_first(env, e
             actions[action] += 1
         expected.append(episodic_return)
     assert results[0] == pytest.approx(expected)
+    line = f"mean_return={np.mean(expected):.2f} std={np.std(expected):.2f} episodes={episodes} checkpoint={tmp_path}"
+    assert capsys.readouterr().out == 2 * f"eval: {line}/checkpoint.pt\n"
     assert episodes == 1 or len(actions) > 1  # else any policy would do
 
 

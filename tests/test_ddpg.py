@@ -54,13 +54,15 @@ class Known:
 def test_the_target_bootstraps_from_the_next_state_unless_the_episode_terminated():
     rewards, next_obs = torch.tensor([10.0, 20.0, 30.0]), torch.tensor([[1.0], [2.0], [3.0]])
     for ended in ([0, 0, 0], [0, 1, 0], [1, 1, 1]):
-        y = ddpg.bellman_target(Known(), rewards, next_obs, torch.tensor(ended, dtype=torch.bool), 0.5)
+        terminated, args = torch.tensor(ended, dtype=torch.bool), ddpg.Args(gamma=0.5)
+        y = ddpg.bellman_target(Known(), rewards, next_obs, terminated, args)
         expected = [10 + 0.5 * 99 * (1 - ended[0]), 20 + 0.5 * 198 * (1 - ended[1]), 30 + 0.5 * 297 * (1 - ended[2])]
         assert y.tolist() == expected
 
 
 def test_the_target_is_a_constant():
-    y = ddpg.bellman_target(make_agent(), torch.zeros(5), torch.randn(5, 3), torch.zeros(5, dtype=torch.bool), 0.9)
+    rewards, next_obs, terminated = torch.zeros(5), torch.randn(5, 3), torch.zeros(5, dtype=torch.bool)
+    y = ddpg.bellman_target(make_agent(), rewards, next_obs, terminated, ddpg.Args())
     assert y.shape == (5,)
     assert not y.requires_grad
 

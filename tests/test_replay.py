@@ -75,7 +75,7 @@ class Play:
         rows = [tuple(np.array(column[n]) for column in columns) for n in range(self.N)]
         self.history.append([row if is_valid else None for row, is_valid in zip(rows, valid, strict=True)])
         self.where |= {float(rewards[n]): (len(self.history) - 1, n) for n in np.flatnonzero(valid)}
-        passed = [x.copy() for x in (actions, rewards, terminated, next_obs, valid)]
+        passed = [x.copy() for x in (actions, rewards, next_obs, terminated, valid)]
         self.buffer.add(*passed)
         for x in passed:  # an environment may use its arrays again
             x[...] = 1
@@ -197,7 +197,7 @@ def test_stacked_frames_of_atari_come_back_as_they_were():
     for t in range(150):
         actions, numbers = rng.integers(4, size=N), np.float32([N * t, N * t + 1])
         next_obs, _, terminated, truncated, _ = envs.step(actions)
-        buffer.add(actions, numbers, terminated, next_obs, valid)  # the reward tells which transition it is
+        buffer.add(actions, numbers, next_obs, terminated, valid)  # the reward tells which transition it is
         for n in np.flatnonzero(valid):
             history[numbers[n]] = obs[n], actions[n], next_obs[n].copy(), terminated[n]
         first |= set(numbers[~valid] + N)
