@@ -126,6 +126,12 @@ def run_script(path: Path, flags: str, cwd: Path, timeout: float = 60, env: dict
     return Result(done.returncode, done.stdout, done.stderr, cwd)
 
 
+@pytest.fixture(autouse=True)
+def _excepthook(monkeypatch):
+    """A run sets it, to say how to go on after an error."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
 def run_inside(path: Path, flags: str, cwd: Path) -> Result:
     """Run a command line by calling main(). Warnings, which pytest would keep back, are added to stderr."""
     module, out, err, status = load(path), io.StringIO(), io.StringIO(), 0

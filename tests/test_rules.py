@@ -14,6 +14,7 @@ import typing
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -340,6 +341,24 @@ def test_diverged_training(algo, cli):
     result = cli(algo, small(algo, f"--env-id {odd(algo, 'Overflow')}"))
     assert_failed(result, r"(?:losses/\w+|a weight) is not finite; a lower --learning-rate may help")
     assert "Traceback" not in result.err
+
+
+def test_weights_that_are_not_finite(algo, tmp_path, capsys):
+    """They never get into a checkpoint, even if no loss has told of them."""
+    module = load(algo)
+    args = module.Args(env_id=small(algo).split()[1], log_dir=str(tmp_path / "runs"), device="cpu")
+    envs = module.make_envs(args, 1)
+    agent = module.Agent(envs.single_observation_space, envs.single_action_space, args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)
+        run = module.Run(args, np.random.default_rng(), agent=agent)
+        before = run.checkpoint.read_bytes()
+        next(agent.parameters()).data[0] = np.inf
+        with pytest.raises(SystemExit) as stop:
+            run.save()
+    assert stop.value.code == 1
+    assert "\nerror: a weight is not finite" in capsys.readouterr().err
+    assert run.checkpoint.read_bytes() == before
 
 
 # ---- checkpoints
