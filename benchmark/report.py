@@ -157,14 +157,17 @@ def markdown_rows(rows: list[list]) -> str:
 
 def overview(table: pd.DataFrame) -> str:
     """A row per environment, a column per algorithm."""
-    rows = [["", *ALGORITHMS]]
+    rows, seeds = [["", *ALGORITHMS]], table.seeds.max()
     for env_id, here in table.groupby("environment", sort=False):
-        cells = {row.algorithm: score(row, 0) for row in here.itertuples()}
+        cells = {}
+        for row in here.itertuples():
+            cells[row.algorithm] = score(row, 0) + (f" ({row.seeds})" if row.seeds < seeds else "")
         rows.append([env_id, *(cells.get(name, "") for name in ALGORITHMS)])
+    few = " (fewer in brackets)" if table.seeds.min() < seeds else ""
     commits = sorted({commit for commits in table.commit for commit in commits.split(", ")})
     return (
         f"{markdown_rows(rows)}\n"
-        f"Mean ± standard deviation over {table.seeds.max()} seeds of the return of the final deterministic policy.\n"
+        f"Mean ± standard deviation over {seeds} seeds{few} of the return of the final deterministic policy.\n"
         "Bold: at or above the best figure that we know of ([sources](benchmark/published.csv)).\n"
         f"Made at {', '.join(commits)}.\n"
     )

@@ -214,7 +214,8 @@ def test_report_of_known_numbers(tmp_path):
 def test_report_keeps_what_it_has_no_runs_of(tmp_path):
     runs, results = tmp_path / "runs", tmp_path / "results"
     (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- results -->\nafter\n")
-    write_run(runs, "CartPole-v1", "trpo", 1, np.ones(60), [500])
+    for seed in (1, 2):
+        write_run(runs, "CartPole-v1", "trpo", seed, np.ones(60), [500])
     write_run(runs, "CartPole-v1", "a2c", 1, np.ones(60), [300])
     report.main(runs, results)
     shutil.rmtree(runs)
@@ -228,7 +229,7 @@ def test_report_keeps_what_it_has_no_runs_of(tmp_path):
     means = {(row.environment, row.algorithm): row.mean for row in table.itertuples()}
     weights = {("CartPole-v1", weight): 500 for weight in report.WEIGHTS}
     assert means == {("CartPole-v1", "a2c"): 400, ("CartPole-v1", "trpo"): 500, ("Acrobot-v1", "ppo"): -80} | weights
-    assert np.isnan(table.iqm_low).all()  # one seed
+    np.testing.assert_array_equal(np.isnan(table.iqm_low), table.seeds == 1)
     curves = pd.read_csv(results / "curves.csv")
     a2c = curves[(curves.environment == "CartPole-v1") & (curves.algorithm == "a2c")]
     assert len(a2c) == 50
@@ -241,7 +242,7 @@ def test_report_keeps_what_it_has_no_runs_of(tmp_path):
     assert (results / "reinforce-weights.png").exists()
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert lines[:3] == ["before", "<!-- results -->", "|  | reinforce | a2c | ppo | trpo | dqn | ddpg |"]
-    assert "| CartPole-v1 | **500** | 400 |  | **500** |  |  |" in lines
+    assert "| CartPole-v1 | **500** (1) | 400 (1) |  | **500 ± 0** |  |  |" in lines  # the number of seeds in brackets
     assert lines[-2:] == ["<!-- results -->", "after"]
     assert "old" not in lines
 
