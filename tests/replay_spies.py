@@ -1,12 +1,15 @@
 """What the tests of DQN and DDPG share: short runs on tiny environments, and a spy that sees what such a run does."""
 
 import copy
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
+from tests.spies import scalars
 from tests.tiny_control import BoxTrace
 from tests.tiny_envs import Trace
 
@@ -163,3 +166,15 @@ def check_transitions(seen, log, decode=lambda action: action) -> set:
             assert batch.terminated[i].item() == step.terminated  # a truncation is none
             found.add((env, episode, t))
     return found
+
+
+def check_returns(log, log_dir: Path) -> None:
+    """Assert that the only run in that folder has logged the return and length of each episode of `log` that ended."""
+    episodes = defaultdict(list)
+    for step in log:
+        episodes[step.env, step.episode].append(step)
+    ended = [steps for steps in episodes.values() if steps[-1].terminated or steps[-1].truncated]
+    logged = scalars(log_dir)
+    assert sorted(y for _, y in logged["charts/episodic_length"]) == sorted(map(len, ended))
+    returns = sorted(sum(step.reward for step in steps) for steps in ended)
+    assert sorted(y for _, y in logged["charts/episodic_return"]) == pytest.approx(returns, rel=1e-4, abs=1e-4)

@@ -11,7 +11,19 @@ import torch
 from gymnasium import spaces
 
 from algos import ddpg
-from tests.replay_spies import check_adam, check_transitions, copies, events, forward, resume, same, steps, train, watch
+from tests.replay_spies import (
+    check_adam,
+    check_returns,
+    check_transitions,
+    copies,
+    events,
+    forward,
+    resume,
+    same,
+    steps,
+    train,
+    watch,
+)
 from tests.spies import VECTOR, mean_return, shake
 from tests.tiny_control import BoxTrace
 
@@ -330,6 +342,7 @@ def test_the_transitions_learned_from_are_those_played_and_no_reset_step(env, nu
     found = check_transitions(seen, BoxTrace.log, to_bounds)
     ends = {(step.terminated, step.truncated) for step in BoxTrace.log if (step.env, step.episode, step.step) in found}
     assert ends == {(False, False), (True, False), (False, True), (True, True)}
+    check_returns(BoxTrace.log, tmp_path)
     assert len(found) > 0.9 * len(BoxTrace.log)
 
 

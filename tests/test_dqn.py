@@ -8,7 +8,19 @@ import torch
 from gymnasium import spaces
 
 from algos import dqn
-from tests.replay_spies import check_adam, check_transitions, copies, events, forward, resume, same, steps, train, watch
+from tests.replay_spies import (
+    check_adam,
+    check_returns,
+    check_transitions,
+    copies,
+    events,
+    forward,
+    resume,
+    same,
+    steps,
+    train,
+    watch,
+)
 from tests.spies import VECTOR, mean_return, played, shake
 from tests.tiny_envs import Trace
 
@@ -236,6 +248,7 @@ def test_the_transitions_learned_from_are_those_played_and_no_reset_step(
     found = check_transitions(seen, Trace.log)
     ends = {(step.terminated, step.truncated) for step in Trace.log if (step.env, step.episode, step.step) in found}
     assert ends == {(False, False), (True, False), (False, True), (True, True)}
+    check_returns(Trace.log, tmp_path)
     assert len(found) > 0.9 * len([step for timeline in played(1) for step in timeline if step.t * num_envs < 220])
 
 
