@@ -132,7 +132,7 @@ def test_other_actions_are_the_best_by_the_network_of_now(num_envs, monkeypatch,
         return act_and_tell
 
     monkeypatch.setattr(dqn.Agent, "policy", spy)
-    args = dict(start_e=0, end_e=0, train_frequency=num_envs, total_timesteps=210)
+    args = dict(start_e=0, end_e=0, train_frequency=3 * num_envs, total_timesteps=210)
     train(dqn, "Trace-v0", tmp_path, num_envs=num_envs, **args)
     assert len({step.action for step in Trace.log}) == 3
     for step in Trace.log:
