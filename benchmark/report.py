@@ -219,7 +219,8 @@ def plot_environment(env_id: str, table: pd.DataFrame, curves: pd.DataFrame, pat
     style(by_steps, "environment steps", "episodic return")
     by_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
     style(by_seconds, "seconds of training (one core)", xscale="log")
-    figure.suptitle(f"{env_id}: mean and standard deviation of {table.seeds.max()} seeds; dots: final evaluation")
+    seeds = "–".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))  # 3 or 2–3
+    figure.suptitle(f"{env_id}: mean and standard deviation of {seeds} seeds; dots: final evaluation")
     handles, labels = by_steps.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, title="evaluation")
     figure.savefig(path, dpi=150)
