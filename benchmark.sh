@@ -59,9 +59,9 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment a2c  LunarLanderContinuous-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs --norm-reward
   experiment ppo  LunarLanderContinuous-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
   experiment trpo LunarLanderContinuous-v3 500000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward --log-std-init -1
-  experiment ddpg LunarLanderContinuous-v3 300000 --hidden-sizes 128 128 --batch-size 128 --learning-starts 10000
+  experiment ddpg LunarLanderContinuous-v3 500000 --hidden-sizes 128 128 --batch-size 128 --learning-starts 10000
 
-  experiment a2c  HalfCheetah-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gae-lambda 0.9 --norm-obs --norm-reward --log-std-init -1
+  experiment a2c  HalfCheetah-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.98 --gae-lambda 0.9 --norm-obs --norm-reward --log-std-init -1
   experiment ppo  HalfCheetah-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 --log-std-init -2
   experiment trpo HalfCheetah-v5 1000000 $rollout --gamma 0.98 --gae-lambda 0.92 --target-kl 0.02 --log-std-init -1
   experiment ddpg HalfCheetah-v5 300000 --gamma 0.99 --batch-size 100 --learning-starts 10000
