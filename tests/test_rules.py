@@ -343,19 +343,27 @@ def test_diverged_training(algo, cli):
     assert "Traceback" not in result.err
 
 
-def test_weights_that_are_not_finite(algo, tmp_path, capsys):
-    """They never get into a checkpoint, even if no loss has told of them."""
+@pytest.fixture
+def start_run(algo, tmp_path, monkeypatch):
+    """A function that gives the Run, with an agent, that the file makes before it trains."""
     module = load(algo)
-    args = module.Args(env_id=small(algo).split()[1], log_dir=str(tmp_path / "runs"), device="cpu")
-    envs = module.make_envs(args, 1)
-    agent = module.Agent(envs.single_observation_space, envs.single_action_space, args)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(signal, "signal", lambda *_: None)
-        run = module.Run(args, np.random.default_rng(), agent=agent)
-        before = run.checkpoint.read_bytes()
-        next(agent.parameters()).data[0] = np.inf
-        with pytest.raises(SystemExit) as stop:
-            run.save()
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def start(rng: np.random.Generator, **flags):
+        args = module.Args(env_id=small(algo).split()[1], log_dir=str(tmp_path / "runs"), device="cpu", **flags)
+        envs = module.make_envs(args, 1)
+        return module.Run(args, rng, agent=module.Agent(envs.single_observation_space, envs.single_action_space, args))
+
+    return start
+
+
+def test_weights_that_are_not_finite(start_run, capsys):
+    """They never get into a checkpoint, even if no loss has told of them."""
+    run = start_run(np.random.default_rng())
+    before = run.checkpoint.read_bytes()
+    next(run.modules["agent"].parameters()).data[0] = np.inf
+    with pytest.raises(SystemExit) as stop:
+        run.save()
     assert stop.value.code == 1
     assert "\nerror: a weight is not finite" in capsys.readouterr().err
     assert run.checkpoint.read_bytes() == before
@@ -436,6 +444,16 @@ def test_resume(algo, tmp_path, launch):
     assert steps == sorted(set(steps))
     assert steps[0] <= unit < steps[-1] == 3 * unit
     assert events["charts/learning_rate"][-1][1] == 0.125  # not the one that the optimizer had
+
+
+def test_random_numbers_of_a_resumed_run(start_run):
+    """They are those that would have come next."""
+    rng, resumed_rng = np.random.default_rng(1), np.random.default_rng(2)
+    run = start_run(rng)
+    rng.random(10)
+    run.save()
+    start_run(resumed_rng, resume=str(run.checkpoint))
+    assert resumed_rng.random() == rng.random()
 
 
 def test_kill(algo, tmp_path, launch):
