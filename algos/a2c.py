@@ -128,9 +128,11 @@ def select_device(name: str) -> torch.device:
     """The device of that name; for "auto" the best there is."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=best if name == "auto" else name).device
+        device = torch.device(best if name == "auto" else name)
+        torch.zeros(1, device=device).item()
+        return device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0].split('. ')[0]}") from error
 
 
 # ==== shared: environments
@@ -158,6 +160,8 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
     try:
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an old id
             module, _, name = env_id.rpartition(":")
+            if env_id.startswith((".", ":")):
+                raise gym.error.Error("a module is named as in envs.template:Template-v0")
             if module:
                 importlib.import_module(module)
             if num_envs == 1 and not atari and name in gym.registry and gym.registry[name].entry_point:
@@ -165,14 +169,13 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder:
             envs = gym.make_vec(env_id, num_envs, **options)
         if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
             raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
-        if args.capture_video and not evaluation:  # what cannot be rendered should show now, not after the training
-            probe = gym.make(env_id, render_mode="rgb_array")
-            probe.reset()
-            try:
-                probe.render()
-            except Exception as error:  # each renderer fails in its own way
-                raise UsageError(f"--capture-video: {args.env_id} cannot be rendered here: {error}") from error
-            probe.close()
+        if args.capture_video and not video_folder:  # what cannot be rendered should show now, not after the training
+            with contextlib.closing(gym.make(env_id, render_mode="rgb_array")) as probe:
+                probe.reset()
+                try:
+                    probe.render()
+                except Exception as error:  # each renderer fails in its own way
+                    raise UsageError(f"--capture-video: {args.env_id} cannot be rendered here: {error}") from error
     except (gym.error.Error, ImportError) as error:
         install = " (pip install ale-py)" if atari and isinstance(error, ImportError) else ""
         raise UsageError(f"cannot make the environment {args.env_id}: {error}{install}") from error
@@ -264,7 +267,8 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("count", torch.tensor(0.0))
 
     def update(self, rows: torch.Tensor) -> None:
-        """Take in `rows`, shape (B, *shape)."""
+        """Take in B rows, which are reshaped to (B, *shape)."""
+        rows = rows.reshape(len(rows), *self.mean.shape)
         share = len(rows) / (self.count + len(rows))  # of the new rows among all
         delta = rows.mean(0) - self.mean
         self.var += share * (rows.var(0, correction=0) - self.var + (1 - share) * delta.square())
@@ -290,12 +294,13 @@ class Agent(nn.Module):
         self.action_dtype = np.int64 if self.is_discrete else np.float32
         self.num_actions = int(action_space.n if self.is_discrete else np.prod(action_space.shape))
         if self.is_discrete:
-            self.to_env = lambda actions: actions + action_space.start  # to elements of the environment's space
+            self.to_env = lambda actions: (actions + action_space.start).astype(action_space.dtype, copy=False)
         else:
             self.to_env = box_scale(action_space)
-            self.log_std = nn.Parameter(torch.full((self.num_actions,), args.log_std_init))
+            self.log_std = nn.Parameter(torch.full((self.num_actions,), float(args.log_std_init)))
 
-        self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) == 3 and sorted(obs_space.shape)[1] >= 36
+        shape = obs_space.shape
+        self.is_image = obs_space.dtype == np.uint8 and len(shape) == 3 and min(shape[1], max(shape[0], shape[2])) >= 36
         self.obs_dtype = np.uint8 if self.is_image else np.float32
         if args.norm_obs and self.is_image:
             raise UsageError("--norm-obs is not for images, which are scaled to [0, 1] anyway")
@@ -417,7 +422,7 @@ def load_checkpoint(path: str | Path, **modules) -> dict:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         Args(**checkpoint["args"])  # raises if these are not the arguments of this file
-        checkpoint["global_step"], checkpoint["rng"]  # … or one of these is missing
+        checkpoint["global_step"], checkpoint["rng"]  # KeyError if one of these is missing
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint
@@ -452,7 +457,12 @@ class Run:
             import wandb
 
             options = {"name": self.folder.name, "dir": self.folder.parent, "config": vars(args)}
-            self.wandb_run = wandb.init(**options, sync_tensorboard=True)
+            try:
+                self.wandb_run = wandb.init(**options, sync_tensorboard=True)
+            except wandb.errors.Error as error:  # not logged in, say
+                with contextlib.suppress(OSError):  # that of a resumed run is not empty, and stays
+                    self.folder.rmdir()
+                raise UsageError(f"--track: {error}") from error
         self.writer = SummaryWriter(str(self.folder), purge_step=(self.global_step + 1) if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.checkpoint = self.folder / "checkpoint.pt"
@@ -511,9 +521,12 @@ class Run:
         sys.exit(status)
 
     def crash(self, kind: type, error: BaseException, traceback) -> None:
-        """Python calls it with what nobody has caught, as an error of the environment or a full disk."""
-        self.show_error(kind, error, traceback)
+        """Python calls it with what nobody has caught, such as an error of the environment, or a full disk."""
         died = self.args.async_envs and isinstance(error, EOFError | ConnectionError)
+        if died and self.interrupted:  # SIGTERM was sent to the processes, too; no update was under way
+            sys.stderr = io.StringIO()  # for Gymnasium's complaints that it cannot close what has died
+            self.save()  # and exit
+        self.show_error(kind, error, traceback)
         what = "an environment's process has died" if died else f"{kind.__name__}: {' '.join(str(error).split())}"
         self.stop(1, f"error: {what}")
 
@@ -628,7 +641,7 @@ def train(args: Args) -> Agent:
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         if args.norm_obs:  # only now: all above has seen the same statistics
-            agent.obs_stats.update(b_obs[rows].flatten(1))
+            agent.obs_stats.update(b_obs[rows])
 
         scalars = {
             "losses/policy_loss": policy_loss.item(),

@@ -78,7 +78,16 @@ def test_track(tmp_path):
 def test_observations(algo, cli, name):
     result = cli(algo, small(algo, f"--env-id {odd(algo, 'Observe' + name)}")).check()
     weights = torch.load(result.folder / "checkpoint.pt", weights_only=True)["agent"]
-    assert any("conv" in name for name in weights) == (name.startswith("Channels") and algo.stem != "ddpg")
+    assert any("conv" in name for name in weights) == (
+        name in ("ChannelsFirst", "ChannelsLast") and algo.stem != "ddpg"
+    )
+
+
+@pytest.mark.parametrize("name", ["Scalar", "Matrix", "Discrete"])
+def test_standardised_observations(algo, cli, name):
+    if "norm_obs" not in load(algo).Args().__dict__:
+        pytest.skip("not for this algorithm")
+    cli(algo, small(algo, f"--env-id {odd(algo, 'Observe' + name)} --norm-obs")).check()
 
 
 @pytest.mark.parametrize("name", [name for name in ACTIONS if name not in UNFIT_ACTIONS])
