@@ -50,7 +50,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment trpo LunarLander-v3 1500000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward
   experiment dqn  LunarLander-v3 300000 --hidden-sizes 256 256 --learning-rate 6e-4 --exploration-fraction 0.15 --end-e 0.1 --double-q --buffer-size 300000
 
-  experiment a2c  Pendulum-v1 1000000 --num-steps 8 --gamma 0.9 --gae-lambda 0.9 --norm-obs --norm-reward
+  experiment a2c  Pendulum-v1 1000000 --num-steps 8 --gamma 0.9 --gae-lambda 0.9 --norm-obs --norm-reward --log-std-init -1
   experiment ppo  Pendulum-v1 100000 --num-envs 8 --num-steps 128 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.95 --norm-reward
   experiment trpo Pendulum-v1 200000 --num-envs 4 --num-steps 512 --gamma 0.9 --critic-updates 15
   experiment ddpg Pendulum-v1 20000
@@ -58,7 +58,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment reinforce LunarLanderContinuous-v3 1500000 --norm-weight --norm-obs --norm-reward
   experiment a2c  LunarLanderContinuous-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs --norm-reward
   experiment ppo  LunarLanderContinuous-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
-  experiment trpo LunarLanderContinuous-v3 500000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward --log-std-init -1
+  experiment trpo LunarLanderContinuous-v3 1000000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward --log-std-init -1
   experiment ddpg LunarLanderContinuous-v3 500000 --hidden-sizes 128 128 --batch-size 128 --learning-starts 10000
 
   experiment a2c  HalfCheetah-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gamma 0.98 --gae-lambda 0.9 --norm-obs --norm-reward --log-std-init -1
