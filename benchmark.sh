@@ -68,7 +68,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
 
   experiment a2c  Hopper-v5 1000000 --num-steps 64 --learning-rate 2e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward
   experiment ppo  Hopper-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95
-  experiment trpo Hopper-v5 1000000 --num-envs 2 --num-steps 1024 --norm-obs --norm-reward --gae-lambda 0.95 --cg-iters 25
+  experiment trpo Hopper-v5 1000000 $rollout --gamma 0.995 --gae-lambda 0.97 --target-kl 0.02
   experiment ddpg Hopper-v5 300000 --gamma 0.99 --batch-size 100
 
   experiment a2c  Walker2d-v5 1000000 --num-steps 64 --learning-rate 2e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward
