@@ -52,7 +52,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment trpo LunarLander-v3 1500000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward
   experiment dqn  LunarLander-v3 300000 --hidden-sizes 256 256 --learning-rate 6e-4 --exploration-fraction 0.15 --end-e 0.1 --double-q --buffer-size 300000
 
-  experiment a2c  Pendulum-v1 1000000 --num-steps 8 --gamma 0.9 --gae-lambda 0.9 --norm-obs --norm-reward --log-std-init -1
+  experiment a2c  Pendulum-v1 1000000 --num-steps 8 --gamma 0.9 --gae-lambda 0.9 --norm-obs --norm-reward
   experiment ppo  Pendulum-v1 100000 --num-envs 8 --num-steps 128 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.95 --norm-reward
   experiment trpo Pendulum-v1 200000 --num-envs 4 --num-steps 512 --gamma 0.9 --critic-updates 15
   experiment ddpg Pendulum-v1 20000
