@@ -29,8 +29,8 @@ export TQDM_MININTERVAL=10 # seconds between two lines of progress in the logs
 
 experiments() { # algorithm, environment, steps, settings that differ from the algorithm's defaults
   local rollout="--num-envs 1 --num-steps 2048 --norm-obs --norm-reward" # PPO's and TRPO's for MuJoCo
-  # On gamma: what may fall (Hopper, Walker2d) learns with 0.99 to be fast and fall early, where 0.995 keeps it upright;
-  # HalfCheetah, which cannot fall, learns faster with 0.98.
+  # On gamma: with 0.99 some runs on Hopper and Walker2d learn to be faster and to fall earlier; TRPO on the one and PPO on
+  # the other keep upright with 0.995. HalfCheetah cannot fall: A2C learns it better with 0.98, PPO (one seed) does not.
 
   experiment reinforce CartPole-v1 400000
   experiment reinforce CartPole-v1 400000 --exp-name reinforce-reward-to-go --weight reward-to-go
