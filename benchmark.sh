@@ -31,6 +31,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   local rollout="--num-envs 1 --num-steps 2048 --norm-obs --norm-reward" # PPO's and TRPO's for MuJoCo
   # On gamma: with 0.99 some runs on Hopper and Walker2d learn to be faster and to fall earlier; TRPO on the one and PPO on
   # the other keep upright with 0.995. HalfCheetah cannot fall: A2C learns it better with 0.98, PPO (one seed) does not.
+  # On Pendulum 0.95 instead of 0.9 is worth 15 to 35 points of return.
 
   experiment reinforce CartPole-v1 400000
   experiment reinforce CartPole-v1 400000 --exp-name reinforce-reward-to-go --weight reward-to-go
@@ -52,9 +53,9 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment trpo LunarLander-v3 1500000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward
   experiment dqn  LunarLander-v3 300000 --hidden-sizes 256 256 --learning-rate 6e-4 --exploration-fraction 0.15 --end-e 0.1 --double-q --buffer-size 300000
 
-  experiment a2c  Pendulum-v1 1000000 --num-steps 8 --gamma 0.9 --gae-lambda 0.9 --norm-obs --norm-reward
-  experiment ppo  Pendulum-v1 100000 --num-envs 8 --num-steps 128 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.95 --norm-reward
-  experiment trpo Pendulum-v1 200000 --num-envs 4 --num-steps 512 --gamma 0.9 --critic-updates 15
+  experiment a2c  Pendulum-v1 1000000 --num-steps 8 --gamma 0.95 --gae-lambda 0.9 --norm-obs --norm-reward
+  experiment ppo  Pendulum-v1 100000 --num-envs 8 --num-steps 128 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.95 --gae-lambda 0.95 --norm-reward
+  experiment trpo Pendulum-v1 200000 --num-envs 4 --num-steps 512 --gamma 0.95 --critic-updates 15
   experiment ddpg Pendulum-v1 20000
 
   experiment reinforce LunarLanderContinuous-v3 1500000 --norm-weight --norm-obs --norm-reward
