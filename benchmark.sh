@@ -43,7 +43,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
 
   experiment reinforce Acrobot-v1 500000
   experiment a2c  Acrobot-v1 500000 --norm-obs
-  experiment ppo  Acrobot-v1 500000 --norm-obs
+  experiment ppo  Acrobot-v1 1000000 --norm-obs
   experiment trpo Acrobot-v1 500000 --num-envs 16 --norm-obs
   experiment dqn  Acrobot-v1 100000
 
