@@ -1,6 +1,7 @@
 """benchmark.sh: its list, what it skips, resumes and survives. report.py: known numbers from small logs."""
 
 import os
+import re
 import shutil
 import signal
 import stat
@@ -54,6 +55,7 @@ def fake(tmp_path):
 
 
 def test_the_list_is_complete_and_its_flags_exist(fake, monkeypatch):
+    """And they differ from the defaults: the list says what is special about an experiment."""
     status, output, calls = fake("--dry-run", ENVS="", ALGOS="", SEEDS="2", SCALE="0.1")
     assert status == 0
     assert not calls
@@ -63,6 +65,9 @@ def test_the_list_is_complete_and_its_flags_exist(fake, monkeypatch):
         _, script, *flags = command.split()
         monkeypatch.setattr("sys.argv", [script, *flags])
         args = load(ROOT / script).parse_args()  # refuses unknown flags, and budgets of less than an update
+        given = {name.replace("-", "_") for name in re.findall(r"--(?:no-)?([a-z-]+)", command)}
+        for name in given - {"env_id", "total_timesteps", "seed"}:
+            assert getattr(args, name) != getattr(load(ROOT / script).Args(), name), command
         experiments[args.env_id, args.exp_name] += 1
         assert args.seed == experiments[args.env_id, args.exp_name]
     assert set(experiments.values()) == {2}
