@@ -15,7 +15,8 @@ arXiv:1707.06347. Â_t is GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan,
 
     python algos/ppo.py --env-id CartPole-v1
     python algos/ppo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \
-        --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 --log-std-init -2 --norm-obs --norm-reward
+        --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 --log-std-init -1 --target-kl 0.03 \
+        --norm-obs --norm-reward
     python algos/ppo.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --num-steps 128 \
         --update-epochs 4 --learning-rate 2.5e-4 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.01 --hidden-sizes 512
 """
