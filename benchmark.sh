@@ -52,7 +52,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment reinforce LunarLander-v3 1500000 --norm-weight --norm-obs --norm-reward
   experiment a2c  LunarLander-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs --norm-reward
   experiment ppo  LunarLander-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
-  experiment trpo LunarLander-v3 1000000 --num-envs 16 --num-steps 256 --gamma 0.999 --gae-lambda 0.98 --target-kl 0.03 --norm-reward
+  experiment trpo LunarLander-v3 1000000 --num-envs 16 --num-steps 512 --gamma 0.999 --gae-lambda 0.98 --target-kl 0.03 --norm-reward
   experiment dqn  LunarLander-v3 300000 --hidden-sizes 256 256 --learning-rate 6e-4 --exploration-fraction 0.15 --end-e 0.1 --double-q --buffer-size 300000
 
   experiment a2c  Pendulum-v1 1000000 --num-steps 8 --gamma 0.95 --gae-lambda 0.9 --norm-obs --norm-reward
