@@ -44,7 +44,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment dqn  CartPole-v1 100000
 
   experiment reinforce Acrobot-v1 500000
-  experiment a2c  Acrobot-v1 500000 --norm-obs
+  experiment a2c  Acrobot-v1 500000 --num-steps 16 --norm-obs
   experiment ppo  Acrobot-v1 1000000 --norm-obs
   experiment trpo Acrobot-v1 500000 --num-envs 16 --norm-obs
   experiment dqn  Acrobot-v1 100000
