@@ -31,9 +31,9 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   local rollout="--num-envs 1 --num-steps 2048 --norm-obs --norm-reward" # PPO's and TRPO's for MuJoCo
   # On gamma: with 0.99 some runs on Hopper and Walker2d learn to be faster and to fall earlier; TRPO on the one and PPO on
   # the other keep upright with 0.995. With 0.995 TRPO's LunarLander hovers for 800,000 steps or more; with 0.999 two seeds of
-  # three land after 400,000. On Pendulum 0.95 instead of 0.9 is worth 15 to 35 points of return.
-  # On target-kl: ten epochs at 3e-4 may move PPO's HalfCheetah by a KL of 0.15 a rollout; such steps threw a policy worth
-  # 4,500 (256-256) onto its back, where it stayed for 150,000 steps.
+  # three land after 400,000. On Pendulum 0.95 instead of 0.9 is worth 17 to 36 points of return.
+  # On target-kl: without it ten epochs at 3e-4 moved PPO's HalfCheetah (256-256, first σ e^-2) by a KL of 0.15 a rollout,
+  # and threw a policy worth 4,500 onto its back, where it stayed for 150,000 steps.
 
   experiment reinforce CartPole-v1 400000
   experiment reinforce CartPole-v1 400000 --exp-name reinforce-reward-to-go --weight reward-to-go

@@ -64,10 +64,11 @@ def test_the_list_is_complete_and_its_flags_exist(fake, monkeypatch):
     for command in commands:
         _, script, *flags = command.split()
         monkeypatch.setattr("sys.argv", [script, *flags])
-        args = load(ROOT / script).parse_args()  # refuses unknown flags, and budgets of less than an update
+        module = load(ROOT / script)
+        args, defaults = module.parse_args(), module.Args()  # refuses unknown flags, and budgets of less than an update
         given = {name.replace("-", "_") for name in re.findall(r"--(?:no-)?([a-z-]+)", command)}
         for name in given - {"env_id", "total_timesteps", "seed"}:
-            assert getattr(args, name) != getattr(load(ROOT / script).Args(), name), command
+            assert getattr(args, name) != getattr(defaults, name), command
         experiments[args.env_id, args.exp_name] += 1
         assert args.seed == experiments[args.env_id, args.exp_name]
     assert set(experiments.values()) == {2}
