@@ -28,18 +28,17 @@ Addressing Function Approximation Error in Actor-Critic Methods, 2018, arXiv:180
         --learning-rate 3e-4 --gamma 0.99
 """
 
-import contextlib
 import copy
-import importlib.util
-import io
-import math
 import os
 import shlex
 import signal
 import sys
+import threading
 import time
-import warnings
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -47,36 +46,17 @@ import gymnasium as gym
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done: `main` prints the sentence and exits with status 2."""
-
-
 @dataclass
 class Args:
-    env_id: str = "Pendulum-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    # shared: arguments
-    exp_name: str = Path(__file__).stem  # a part of the run folder's name
-    seed: int = 1  # random seed of the weights, actions, minibatches and environments
-    device: str = "auto"  # auto (the best there is), cpu, cuda, cuda:N or mps
-    async_envs: bool = False  # train with a process per environment, if several, for slow ones (Atari has threads)
-    log_dir: str = "runs"  # where the run's folder is made
-    track: bool = False  # mirror the run to Weights & Biases (needs the package wandb)
-    eval_episodes: int = 10  # episodes of the deterministic policy after training (0: none)
-    capture_video: bool = False  # record the evaluation episodes as mp4 into the run's folder
-    checkpoint_interval: int = 50_000  # environment steps between checkpoints
-    resume: str = ""  # resume from this checkpoint, in its folder, with its arguments; a flag given beside it wins
-    evaluate: str = ""  # no training: evaluate this checkpoint
-    # shared: end
     total_timesteps: int = 20_000  # environment steps to train for, all environments together
     num_envs: int = 1  # N parallel environments
-    hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critic; none: linear
+    hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of actor and critic; none: linear
     learning_rate: float = 1e-3  # step size of Adam, for actor and critic
     gamma: float = 0.98  # discount γ
     buffer_size: int = 1_000_000  # the replay buffer keeps this many transitions, the last ones
@@ -86,516 +66,409 @@ class Args:
     noise: Literal["gaussian", "ou"] = "gaussian"  # exploration noise: independent, or Ornstein-Uhlenbeck
     exploration_noise: float = 0.1  # σ of the noise, in units of half the range of each action
 
+    # shared: arguments
+    env_id: str = "Pendulum-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: NAME VALUE …
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    seed: int = 1  # random seed
+    device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
+    async_envs: bool = False  # one process per environment, for slow ones
+    log_dir: str = "runs"  # where the run's folder is made
+    track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
+    eval_episodes: int = 10  # episodes of the deterministic policy after training
+    capture_video: bool = False  # record the evaluation episodes as mp4
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints
+    resume: str = ""  # go on from this checkpoint, in its folder, with its arguments; a flag given beside it wins
+    evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
+
     def __post_init__(self):
-        limits = (
-            ("total_timesteps checkpoint_interval", 1, 1e12),
-            ("num_envs hidden_sizes", 1, 1e4),
-            ("batch_size", 1, 1e6),
-            ("buffer_size", 1, 1e9),
-            ("learning_rate", 1e-9, 1e9),
-            ("tau", 1e-9, 1),
-            ("gamma", 0, 1),
-            ("exploration_noise learning_starts eval_episodes seed", 0, 1e9),
-        )
-        # shared: validation
-        for names, low, high in limits:
-            for name in names.split():
-                for value in np.atleast_1d(getattr(self, name)):
-                    if value is not None and not low <= value <= high:  # NaN fails this, too
-                        raise UsageError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
-        if self.evaluate and (self.resume or self.eval_episodes == 0):
-            raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
+        if min(self.num_envs, self.eval_episodes, self.checkpoint_interval, *self.hidden_sizes) < 1:
+            fail("--num-envs, --eval-episodes, --checkpoint-interval and --hidden-sizes must be at least 1")
+        if not (0 <= self.seed < 200_000 and 0 < self.learning_rate < np.inf and 0 <= self.gamma <= 1):
+            fail("--seed must be from 0 to 199999, --learning-rate positive, and --gamma from 0 to 1")
+        for package in ["wandb"] * self.track + ["moviepy"] * self.capture_video:
+            if find_spec(package) is None:
+                fail(f"--track and --capture-video need a package: pip install {package}")
         # shared: end
-        if self.buffer_size < self.num_envs:
-            raise UsageError("--buffer-size must be at least --num-envs")
-        if self.total_timesteps // self.num_envs * self.num_envs < max(self.num_envs, self.learning_starts):
-            raise UsageError(f"--total-timesteps must reach --learning-starts in multiples of {self.num_envs} steps")
+        if min(self.batch_size, self.buffer_size) < 1 or self.learning_starts < 0:
+            fail("--batch-size and --buffer-size must be at least 1, --learning-starts not negative")
+        if not (0 < self.tau <= 1 and 0 <= self.exploration_noise < np.inf):
+            fail("--tau must be from 0 to 1, --exploration-noise not negative")
 
 
-# ==== shared: command line
-def parse_args() -> Args:
-    """Read the command line. With --resume or --evaluate, the checkpoint's arguments are the defaults."""
-
-    def checkpoint_path(resume: str = "", evaluate: str = "") -> str:
-        return resume or evaluate
-
-    box = io.StringIO()  # tyro complains in a drawn box: what is above its first inner line becomes one sentence
-    try:
-        with contextlib.redirect_stderr(box):
-            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)  # sets the defaults
-            default = Args(**load_checkpoint(path)["args"]) if path else Args()
-            return tyro.cli(Args, default=default, description=__doc__)
-    except SystemExit as stop:
-        if stop.code != 2:  # --help
-            raise
-        sentence = box.getvalue().split("│ ─")[0].splitlines()[1:]
-        raise UsageError(" ".join(line.strip("│╰╯─ ") for line in sentence)) from None
-
-
-def select_device(name: str) -> torch.device:
-    """The device of that name; for "auto" the best there is."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(best if name == "auto" else name)
-        torch.zeros(1, device=device).item()
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0].split('. ')[0]}") from error
-
-
-# ==== shared: environments
-def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder: Path | None = None):
-    """Make a vector environment that resets on the next step and has Box observations (other spaces are flattened).
-
-    Atari's rewards, and so its curves, are clipped to ±1 in training but not in evaluation. With `video_folder`
-    every episode is written there as mp4.
-    """
-    atari = args.env_id.split(":")[-1].startswith("ALE/")
-    env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id
-    options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else None}
-    if video_folder:
-        wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda _: True)]
-        if atari:  # what ale-py's vector environment, which cannot render, does in C++ (but for its fire-reset)
-            stack = [gym.wrappers.AtariPreprocessing, lambda env: gym.wrappers.FrameStackObservation(env, 4)]
-            options["frameskip"], wrappers = 1, stack + wrappers
-        options |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
-    elif atari:
-        options["reward_clipping"] = not evaluation
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, and there may be no screen
-    if args.capture_video and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
-    try:
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an old id
-            module, _, name = env_id.rpartition(":")
-            if env_id.startswith((".", ":")):
-                raise gym.error.Error("a module is named as in envs.template:Template-v0")
-            if module:
-                importlib.import_module(module)
-            if num_envs == 1 and not atari and name in gym.registry and gym.registry[name].entry_point:
-                options["vectorization_mode"] = "sync"  # for one, faster than its own vector implementation
-            envs = gym.make_vec(env_id, num_envs, **options)
-        if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
-            raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
-        if args.capture_video and not video_folder:  # what cannot be rendered should show now, not after the training
-            with contextlib.closing(gym.make(env_id, render_mode="rgb_array")) as probe:
-                probe.reset()
-                try:
-                    probe.render()
-                except Exception as error:  # each renderer fails in its own way
-                    raise UsageError(f"--capture-video: {args.env_id} cannot be rendered here: {error}") from error
-    except (gym.error.Error, ImportError) as error:
-        install = " (pip install ale-py)" if atari and isinstance(error, ImportError) else ""
-        raise UsageError(f"cannot make the environment {args.env_id}: {error}{install}") from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    space = envs.single_observation_space
-    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise UsageError(f"{args.env_id} must reset on the next step (AutoresetMode.NEXT_STEP)")
-    if not space.is_np_flattenable:
-        raise UsageError(f"{args.env_id} has observations that cannot be flattened to an array: {space}")
-    return envs if isinstance(space, gym.spaces.Box) else gym.wrappers.vector.FlattenObservation(envs)
-
-
-# ==== shared: networks
-def layer_init(layer: nn.Module, gain: float = np.sqrt(2)) -> nn.Module:
+# ==== networks
+def layer_init(layer, gain=2**0.5):
     """Orthogonal weights, zero biases."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def mlp(input_size: int, hidden_sizes: tuple[int, ...], output_size: int, gain: float, activation=nn.Tanh):
-    """Linear layers with activations between them; a single linear one if there are no hidden sizes."""
+def mlp(input_size, hidden_sizes, output_size, gain):
+    """Linear layers with ReLU between them; the last one's weights have the given gain."""
     layers = []
     for size in hidden_sizes:
-        layers += [layer_init(nn.Linear(input_size, size)), activation()]
+        layers += [layer_init(nn.Linear(input_size, size)), nn.ReLU()]
         input_size = size
     return nn.Sequential(*layers, layer_init(nn.Linear(input_size, output_size), gain))
 
 
-def numpy_mlp(network: nn.Sequential):
-    """An `mlp` as a function of arrays, to be made anew after each update.
-
-    For the few rows of one step numpy takes a third of torch's time, and need not wait for a GPU.
-    """
-    *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in [*network][::2]]
-    activate = np.tanh if nn.Tanh in map(type, network) else lambda x: np.maximum(x, 0)
-
-    def forward(x: np.ndarray) -> np.ndarray:
-        for weight, bias in hidden:
-            x = activate(x @ weight + bias)
-        return x @ last[0] + last[1]
-
-    return forward
-
-
-# ==== shared: box actions
-def box_scale(space: gym.spaces.Box):
-    """A function that scales actions, shape (B, number of axes), to elements of a Box, shape (B, *space.shape).
-
-    -1 and 1 become the low and the high of each axis, whatever they are. An axis without two finite bounds is passed
-    through in its own units. What exceeds a bound is cut to it.
-    """
-    with np.errstate(over="ignore"):  # the largest floats as bounds are none
-        bounded = np.isfinite(space.high - space.low)
-    low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-    centre, half_range = (low + high) / 2, (high - low) / 2
-
-    def scale(actions: np.ndarray) -> np.ndarray:
-        actions = centre + half_range * actions.reshape(-1, *space.shape)
-        return np.maximum(space.low, np.minimum(space.high, actions)).astype(space.dtype, copy=False)
-
-    return scale
-
-
-# ==== actor and critic
 class Agent(nn.Module):
     """Actor μ(s) and critic Q(s, a).
 
-    obs_space: Box, of any shape, which is flattened.
-    action_space: Box of A floats. On an axis with two finite bounds μ in [-1, 1] is scaled to the bounds; elsewhere it
-        is in the axis's own units, and in [-1, 1] all the same. Any other space is a UsageError.
+    obs_space: a Box of vectors. action_space: a Box of floats, in whose bounded axes μ(s) in [-1, 1] is scaled to the
+    bounds; elsewhere it is in the axis's own units, and in [-1, 1] all the same.
     """
 
-    obs_dtype = np.float32
-
-    def __init__(self, obs_space: gym.spaces.Box, action_space: gym.Space, args: Args):
+    def __init__(self, obs_space, action_space, args):
         super().__init__()
         if not (isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"):
-            raise UsageError(f"ddpg.py takes float Box actions, not {action_space}; for Discrete use dqn.py or ppo.py")
-        self.to_env = box_scale(action_space)
+            fail(
+                f"{Path(__file__).name} takes float Box actions, not {action_space}; for Discrete take dqn.py or ppo.py"
+            )
+        if len(obs_space.shape) == 3:
+            fail(f"{Path(__file__).name} takes vectors, not images; ppo.py and a2c.py take images")
+        self.obs_space, self.action_space = obs_space, action_space
+        bounded = (action_space.low > -1e10) & (action_space.high < 1e10)
+        low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
+        self.centre, self.half_range = (low + high) / 2, (high - low) / 2
         self.num_actions = int(np.prod(action_space.shape))
-        obs_size = int(np.prod(obs_space.shape))
-        self.actor = mlp(obs_size, args.hidden_sizes, self.num_actions, 0.01, nn.ReLU)
-        self.critic = mlp(obs_size + self.num_actions, args.hidden_sizes, 1, 1.0, nn.ReLU)
+        self.actor = mlp(obs_space.shape[0], args.hidden_sizes, self.num_actions, 0.01)
+        self.critic = mlp(obs_space.shape[0] + self.num_actions, args.hidden_sizes, 1, 1.0)
 
-    def mu(self, obs: torch.Tensor) -> torch.Tensor:
-        """μ(s) in [-1, 1], shape (B, num_actions)."""
-        return self.actor(obs.reshape(len(obs), -1)).tanh()
+    def preprocess(self, obs):
+        """Observations as the networks take them: float32, bytes scaled to [0, 1]."""
+        return obs.astype(np.float32) / (255 if obs.dtype == np.uint8 else 1)
 
-    def q(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def mu(self, x):
+        """μ(s) in [-1, 1], shape (B, number of axes), of preprocessed observations x."""
+        return self.actor(x).tanh()
+
+    def q(self, x, actions):
         """Q(s, a), shape (B,), for actions in [-1, 1]."""
-        return self.critic(torch.cat([obs.reshape(len(obs), -1), actions], 1)).squeeze(1)
+        return self.critic(torch.cat([x, actions], 1)).squeeze(1)
 
-    def policy(self):
-        """μ as a function of arrays, obs to actions in [-1, 1] of shape (B, A), to be made anew after each update."""
-        actor = numpy_mlp(self.actor)
-        return lambda obs: np.tanh(actor(obs.reshape(len(obs), -1)))
+    def numpy_policy(self):
+        """μ as a function of arrays (B, ...), whose weights are live on a CPU."""
+
+        @torch.inference_mode()
+        def act(obs):
+            x = torch.as_tensor(self.preprocess(obs), device=self.actor[0].weight.device)
+            return self.mu(x).numpy(force=True)
+
+        return act
+
+    def to_env(self, actions):
+        """Actions as the environment takes them: scaled from [-1, 1] to the bounds of each axis, and clipped."""
+        space = self.action_space
+        actions = self.centre + self.half_range * actions.reshape(-1, *space.shape)
+        return actions.clip(space.low, space.high).astype(space.dtype, copy=False)
 
 
-# ==== replay buffer
 class ReplayBuffer:
-    """The last transitions (s, a, r, s', terminated), in a ring.
+    """The last transitions (s, a, r, s', terminated), in a ring of `size` places."""
 
-    size: transitions. A UsageError if they take more memory than is free.
-    """
-
-    def __init__(self, size: int, obs_shape: tuple, num_actions: int):
-        needed = size * (4 * (2 * math.prod(obs_shape) + num_actions + 1) + 1)  # bytes
-        free = psutil.virtual_memory().available
+    def __init__(self, size, obs_size, num_actions):
+        needed, free = 4 * size * (2 * obs_size + num_actions + 2), psutil.virtual_memory().available
         if needed > free:
-            raise UsageError(f"--buffer-size {size} takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
-        self.obs, self.next_obs = np.zeros((2, size, *obs_shape), np.float32)
+            fail(f"--buffer-size {size} takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
+        self.obs, self.next_obs = np.zeros((2, size, obs_size), np.float32)
         self.actions = np.zeros((size, num_actions), np.float32)
         self.rewards = np.zeros(size, np.float32)
         self.terminated = np.zeros(size, bool)
         self.size, self.added = size, 0
 
-    def add(self, obs, actions, rewards, next_obs, terminated) -> None:
-        """Put in B transitions, arrays of shape (B, ...)."""
-        place = (self.added + np.arange(len(rewards))) % self.size
-        self.obs[place], self.actions[place], self.rewards[place] = obs, actions, rewards
-        self.next_obs[place], self.terminated[place] = next_obs, terminated
+    def add(self, obs, actions, rewards, next_obs, terminated):
+        """Put in B transitions, arrays (B, ...)."""
+        places = (self.added + np.arange(len(rewards))) % self.size
+        self.obs[places] = obs
+        self.actions[places] = actions
+        self.rewards[places] = rewards
+        self.next_obs[places] = next_obs
+        self.terminated[places] = terminated
         self.added += len(rewards)
 
-    def sample(self, batch_size: int, rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Draw B transitions uniformly: obs (B, *obs_shape), actions (B, A), rewards, next_obs, terminated."""
-        place = rng.integers(min(self.added, self.size), size=batch_size)
+    def sample(self, batch_size, rng, device):
+        """B transitions, drawn uniformly, as tensors: obs, actions, rewards, next_obs, terminated, each (B, ...)."""
+        places = rng.integers(min(self.added, self.size), size=batch_size)
         arrays = (self.obs, self.actions, self.rewards, self.next_obs, self.terminated)
-        return tuple(torch.as_tensor(x[place], device=device) for x in arrays)
-
-
-# ==== shared: target network
-def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """Polyak averaging, φ_targ ← τ φ + (1-τ) φ_targ; with τ = 1 a copy."""
-    with torch.no_grad():  # all parameters in one call, as in torch.optim.swa_utils
-        torch._foreach_lerp_([*target.parameters()], [*online.parameters()], tau)
-
-
-# ==== shared: evaluation
-def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
-    """Play and print `args.eval_episodes` whole episodes of the deterministic policy; gives their returns.
-
-    They are played in batches, one in each environment. Of the last batch those of the first environments count: to
-    take those that end first would favour the short ones. One that does not end is cut after 27,000 steps (Atari's half
-    hour). Videos go beside the checkpoint.
-    """
-    num_envs, returns = 1 if args.capture_video else min(max(args.eval_episodes, 1), 16), []
-    video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
-    envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
-    act = agent.policy()
-    while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=args.seed + 10**7 + len(returns))  # others than those of the training
-        totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
-        for _ in range(27_000):
-            actions = agent.to_env(act(obs.astype(agent.obs_dtype)))
-            obs, rewards, terminated, truncated, _ = envs.step(actions)
-            totals += rewards * ~ended
-            ended |= terminated | truncated
-            if ended.all():
-                break
-        returns += totals.tolist()
-    envs.close()
-    returns = returns[: args.eval_episodes]
-    mean, std = (np.mean(returns), np.std(returns)) if returns else (np.nan, np.nan)
-    print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}")
-    return returns
-
-
-# ==== shared: run
-def load_checkpoint(path: str | Path, **modules) -> dict:
-    """Read a checkpoint (plain types and tensors only, which cannot run code), and restore `modules` from it."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])  # raises if these are not the arguments of this file
-        checkpoint["global_step"], checkpoint["rng"]  # KeyError if one of these is missing
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        return checkpoint
-    except Exception as error:  # whatever a missing, damaged or foreign file leads to
-        fits = "that fits this environment and these arguments" if modules else "that can be read"
-        why = getattr(error, "strerror", None) or f"it is not a checkpoint of {Path(__file__).name} {fits}"
-        raise UsageError(f"cannot use the checkpoint {path}: {why}") from error
-
-
-class Run:
-    """A run's folder with its checkpoint and TensorBoard events, the progress bar, and the answer to Ctrl-C.
-
-    modules: what the checkpoint keeps, by name; each has a `state_dict`.
-    """
-
-    def __init__(self, args: Args, rng: np.random.Generator, **modules):
-        for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
-            if getattr(args, flag) and not importlib.util.find_spec(package):
-                raise UsageError(f"--{flag.replace('_', '-')} needs a package that is missing: pip install {package}")
-        self.args, self.rng, self.modules, self.global_step, self.interrupted = args, rng, modules, 0, False
-        folder = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.folder = Path(args.log_dir) / folder.replace("/", "-").replace(":", "-")
-        if args.resume:
-            checkpoint = load_checkpoint(args.resume, **modules)
-            self.global_step, rng.bit_generator.state = checkpoint["global_step"], checkpoint["rng"]
-            self.folder = Path(args.resume).parent
-        try:
-            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-        except OSError as error:
-            raise UsageError(f"cannot make the folder {self.folder}: {error.strerror}") from error
-        if args.track:
-            import wandb
-
-            options = {"name": self.folder.name, "dir": self.folder.parent, "config": vars(args)}
-            try:
-                self.wandb_run = wandb.init(**options, sync_tensorboard=True)
-            except wandb.errors.Error as error:  # not logged in, say
-                with contextlib.suppress(OSError):  # that of a resumed run is not empty, and stays
-                    self.folder.rmdir()
-                raise UsageError(f"--track: {error}") from error
-        self.writer = SummaryWriter(str(self.folder), purge_step=(self.global_step + 1) if args.resume else None)
-        self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
-        self.checkpoint = self.folder / "checkpoint.pt"
-        self.first_step, self.start_time = self.global_step, time.perf_counter()
-        self.running, self.returns = np.zeros((2, args.num_envs)), []
-        self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
-        self.show_error, sys.excepthook = sys.excepthook, self.crash
-        self.save()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.interrupt)
-
-    def interrupt(self, signum: int, frame) -> None:
-        """Ctrl-C or SIGTERM: stop at the next point where all is whole; a second one kills at once."""
-        self.interrupted = True
-        signal.signal(signum, signal.SIG_DFL)
-        os.write(2, b"\nstopping soon; once more stops at once, at the last checkpoint\n")
-
-    def log_rollout(self, obs, rewards, ended, valid, scalars: dict[str, float]) -> None:
-        """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due.
-
-        obs, of any shape: what the environments have shown since the last call. What is not finite ends the run.
-        """
-        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # return, length so far
-        for t, n in np.argwhere(ended):
-            episodic_return, length = totals[:, t, n]
-            totals[:, t:, n] -= [[episodic_return], [length]]  # the next episode counts from here
-            step = self.global_step + (t + 1) * ended.shape[1]
-            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
-            self.writer.add_scalar("charts/episodic_length", length, step)
-            self.returns.append(episodic_return)
-        self.running = totals[:, -1]
-
-        self.global_step += ended.size
-        for name, numbers in {"an observation": obs, "a reward": rewards, **scalars}.items():
-            if not np.isfinite(numbers).all():  # must not get into the checkpoint
-                hint = "; a lower --learning-rate may help" if name in scalars else ""
-                self.stop(1, f"error: {name} is not finite{hint}")
-        if self.global_step % max(self.args.total_timesteps // 1000, 1) < ended.size:  # 1000 points make a curve
-            sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
-            for name, value in {**scalars, "charts/SPS": sps}.items():
-                self.writer.add_scalar(name, value, self.global_step)
-            if self.returns:
-                self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}", refresh=False)
-        self.bar.update(ended.size)
-        if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
-            self.save()
-
-    def stop(self, status: int, reason: str) -> None:
-        """Say why the run ends here and how to go on, and exit."""
-        self.bar.close()
-        with contextlib.suppress(OSError):  # of a full disk
-            self.writer.close()
-        command = shlex.join(["python", sys.argv[0], "--resume", str(self.checkpoint)])
-        sentence = f"{reason} (step {self.global_step}); resume from the last checkpoint with: {command}"
-        print(sentence, file=sys.stdout if status == 130 else sys.stderr)
-        sys.exit(status)
-
-    def crash(self, kind: type, error: BaseException, traceback) -> None:
-        """Python calls it with what nobody has caught, such as an error of the environment, or a full disk."""
-        died = self.args.async_envs and isinstance(error, EOFError | ConnectionError)
-        if died and self.interrupted:  # SIGTERM was sent to the processes, too; no update was under way
-            sys.stderr = io.StringIO()  # for Gymnasium's complaints that it cannot close what has died
-            self.save()  # and exit
-        self.show_error(kind, error, traceback)
-        what = "an environment's process has died" if died else f"{kind.__name__}: {' '.join(str(error).split())}"
-        self.stop(1, f"error: {what}")
-
-    def save(self) -> None:
-        """Write the checkpoint to another file, flush and rename it: a kill at any moment leaves a whole one."""
-        if not all(tensor.isfinite().all() for tensor in self.modules["agent"].state_dict().values()):
-            self.stop(1, "error: a weight is not finite; a lower --learning-rate may help")
-        state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
-        state["args"] = vars(self.args) | {"resume": "", "evaluate": ""}
-        temporary = self.checkpoint.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.checkpoint)
-        if self.interrupted:
-            self.stop(130, "stopped")
-
-    def finish(self, agent: Agent) -> None:
-        """Write the last checkpoint, evaluate the agent, and print the result."""
-        self.save()
-        self.bar.total = self.bar.n  # the rest of the budget is too short for an update
-        self.bar.close()
-        try:
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
-            returns = evaluate(agent, self.args, self.checkpoint)
-        except KeyboardInterrupt:
-            self.stop(130, "stopped")
-        for episode, episodic_return in enumerate(returns):
-            self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)  # a point each
-        self.writer.close()
-        if self.args.track:
-            self.wandb_run.finish()
+        return [torch.as_tensor(array[places], device=device) for array in arrays]
 
 
 # ==== DDPG
-def bellman_target(target: Agent, rewards, next_obs, terminated, args: Args) -> torch.Tensor:
-    """y of B transitions, shape (B,)."""
-    with torch.no_grad():
-        return rewards + args.gamma * ~terminated * target.q(next_obs, target.mu(next_obs))
+@torch.no_grad()
+def bellman_target(target, rewards, next_obs, terminated, args):
+    """y of B transitions, (B,)."""
+    return rewards + args.gamma * ~terminated * target.q(next_obs, target.mu(next_obs))
 
 
-def train(args: Args) -> Agent:
-    """Train an agent, evaluate it, return it. A UsageError comes before anything is written."""
-    # shared: setup
+@torch.no_grad()
+def update_target(target, online, tau):
+    """Polyak averaging, φ_targ ← τ φ + (1-τ) φ_targ; with τ = 1 a copy."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def train(args):
+    """Train an agent, evaluate it and return it."""
     device = select_device(args.device)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = True
-    rng = np.random.default_rng(args.seed)
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    # shared: end
     target = copy.deepcopy(agent).requires_grad_(False)
     actor_parameters = list(agent.actor.parameters())
     actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
-
     N, A = args.num_envs, agent.num_actions
-    buffer = ReplayBuffer(args.buffer_size, envs.single_observation_space.shape, A)
-    valid = np.ones(N, bool)  # false on steps that only reset
-    noise, memory = np.zeros((N, A), np.float32), 0.85 if args.noise == "ou" else 0.0  # x and 1 - θ
+    if args.total_timesteps // N * N < max(args.learning_starts, N):
+        fail(f"--total-timesteps must reach --learning-starts in multiples of {N} steps")
+    buffer = ReplayBuffer(args.buffer_size, envs.single_observation_space.shape[0], A)
 
-    run = Run(args, rng, agent=agent, target=target, actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
-    actor_optimizer.param_groups[0]["lr"] = critic_optimizer.param_groups[0]["lr"] = args.learning_rate  # not resumed
-    obs, _ = envs.reset(seed=args.seed + run.global_step)
-    obs = obs.astype(agent.obs_dtype)
-    while run.global_step + N <= args.total_timesteps:
-        # A step of N environments, with noise, into the buffer.
-        innovation = args.exploration_noise * rng.standard_normal((N, A), np.float32)  # ε
-        noise = memory * noise + math.sqrt(1 - memory**2) * innovation
-        if run.global_step < args.learning_starts:
-            actions = rng.uniform(-1, 1, (N, A)).astype(np.float32)
-        else:
-            actions = (agent.policy()(obs) + noise).clip(-1, 1)
-        next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
-        next_obs, rewards = next_obs.astype(agent.obs_dtype), rewards * valid
-        ended = terminated | truncated
-        buffer.add(*(x[valid] for x in (obs, actions, rewards, next_obs, terminated)))
+    modules = {"agent": agent, "target": target}
+    with Run(args, **modules, actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer) as run:
+        for optimizer in (actor_optimizer, critic_optimizer):
+            optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
+        first_step = run.global_step
+        seed = args.seed + first_step  # a resumed run does not play the same episodes again
+        rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
+        obs, _ = envs.reset(seed=seed)
+        obs = agent.preprocess(obs)
+        act = agent.numpy_policy()
+        valid = np.ones(N, bool)  # false on steps that only reset
+        theta = 0.15 if args.noise == "ou" else 1.0
+        noise = np.zeros((N, A), np.float32)  # x
 
-        # N gradient steps, as many as environment steps, on transitions from the buffer.
-        scalars = {"charts/learning_rate": args.learning_rate}
-        if run.global_step + N >= run.first_step + args.learning_starts:
-            for _ in range(N):
-                b_obs, b_actions, b_rewards, b_next_obs, b_terminated = buffer.sample(args.batch_size, rng, device)
-                y = bellman_target(target, b_rewards, b_next_obs, b_terminated, args)
-                q = agent.q(b_obs, b_actions)
-                critic_loss = F.mse_loss(q, y)
-                critic_optimizer.zero_grad()
-                critic_loss.backward()
-                critic_optimizer.step()
+        while run.global_step + N <= args.total_timesteps:
+            # 1. A step of N environments, with noise, into the buffer.
+            innovation = args.exploration_noise * rng.standard_normal((N, A), np.float32)  # ε
+            noise = (1 - theta) * noise + np.sqrt(1 - (1 - theta) ** 2) * innovation
+            if run.global_step < args.learning_starts:
+                actions = rng.uniform(-1, 1, (N, A)).astype(np.float32)
+            else:
+                actions = (act(obs) + noise).clip(-1, 1)
+            next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
+            next_obs = agent.preprocess(next_obs)
+            rewards = rewards * valid
+            ended = terminated | truncated
+            buffer.add(obs[valid], actions[valid], rewards[valid], next_obs[valid], terminated[valid])
+            run.log_step(rewards, valid, ended)
+            noise *= valid[:, None]  # x = 0 before an episode: after a step that only reset
+            obs, valid = next_obs, ~ended
 
-                actor_loss = -agent.q(b_obs, agent.mu(b_obs)).mean()
-                actor_optimizer.zero_grad()
-                actor_loss.backward(inputs=actor_parameters)
-                actor_optimizer.step()
-                update_target(target, agent, args.tau)
-            scalars |= {
-                "losses/critic_loss": critic_loss.item(),
-                "losses/actor_loss": actor_loss.item(),
-                "losses/q_values": q.mean().item(),
-            }
-        run.log_rollout(next_obs, rewards[None], ended[None], valid[None], scalars)
-        noise *= valid[:, None]  # x = 0 before an episode: after a step that only reset
-        obs, valid = next_obs, ~ended
+            # 2. As many gradient steps as environment steps, on transitions from the buffer.
+            scalars = {"charts/learning_rate": args.learning_rate}
+            if run.global_step >= first_step + args.learning_starts:
+                for _ in range(N):
+                    b_obs, b_actions, b_rewards, b_next_obs, b_terminated = buffer.sample(args.batch_size, rng, device)
+                    y = bellman_target(target, b_rewards, b_next_obs, b_terminated, args)
+                    q = agent.q(b_obs, b_actions)
+                    critic_loss = (q - y).square().mean()
+                    critic_optimizer.zero_grad()
+                    critic_loss.backward()
+                    critic_optimizer.step()
+
+                    actor_loss = -agent.q(b_obs, agent.mu(b_obs)).mean()
+                    actor_optimizer.zero_grad()
+                    actor_loss.backward(inputs=actor_parameters)
+                    actor_optimizer.step()
+                    update_target(target, agent, args.tau)
+                scalars |= {
+                    "losses/critic_loss": critic_loss.item(),
+                    "losses/actor_loss": actor_loss.item(),
+                    "losses/q_values": q.mean().item(),
+                }
+
+            # 3. Log, and save when due.
+            run.log_update(scalars, observations=next_obs, rewards=rewards)
+        run.finish(agent)
     envs.close()
-    run.finish(agent)
     return agent
 
 
-# ==== shared: main
-def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
-    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the folder the user stands in
+# ==== shared: plumbing. The same in every file, and none of it is about the algorithm: skip it at a first reading.
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)  # as tyro does for a flag that it does not know
+
+
+def select_device(name):
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        args = parse_args()
-        if not args.evaluate:
-            train(args)
+        torch.zeros(1, device=name).item()  # raises if there is none
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} cannot be used: {error}")
+
+
+def make_envs(args, num_envs, eval_folder=None):
+    """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
+    is_atari = args.env_id.startswith("ALE/")
+    options = {"vectorization_mode": "sync" if num_envs == 1 and not is_atari else None}  # None: its own vector form
+    if args.async_envs and not is_atari:
+        options["vectorization_mode"] = "async"
+    if eval_folder and args.capture_video:
+        record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
+        options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
+        if is_atari:  # ale-py's own vector environment does this in C++, but cannot render
+            stack = partial(gym.wrappers.FrameStackObservation, stack_size=4)
+            options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
+    elif is_atari:
+        options["reward_clipping"] = not eval_folder  # to ±1, in training only
+    try:
+        envs = gym.make_vec("ale_py:" * is_atari + args.env_id, num_envs, **options, **args.env_kwargs)
+        space = envs.single_observation_space
+        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36 <= space.shape[1]
+        if not is_image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+            envs = gym.wrappers.vector.FlattenObservation(envs)
+        assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
+        assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP, "it must reset on the next step"
+        return envs
+    except Exception as error:  # its constructor may raise anything
+        fail(f"cannot use the environment {args.env_id}: {error}")
+
+
+def evaluate(agent, args, folder):
+    """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
+    envs = make_envs(args, 1, eval_folder=folder)
+    act, returns = agent.numpy_policy(), []
+    for episode in tqdm(range(args.eval_episodes), desc="evaluation", leave=False):
+        obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + episode)
+        returns.append(0.0)
+        for _ in range(27_000):  # half an hour of Atari
+            obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(act(obs)))
+            returns[-1] += rewards.item()
+            if terminated or truncated:
+                break
+        if not (terminated or truncated):
+            print("evaluation: an episode was cut after 27,000 steps", file=sys.stderr)
+    envs.close()
+    result = f"mean_return={np.mean(returns):.2f} std={np.std(returns):.2f} episodes={len(returns)}"
+    print(f"eval: {result} checkpoint={folder}/checkpoint.pt")
+    return returns
+
+
+def load_checkpoint(path, **modules):
+    """Read a checkpoint, a dict, and give `modules` their states in it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        Args(**checkpoint["args"])  # raises if these are not the arguments of this file
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        return checkpoint
+    except Exception as error:
+        fail(f"cannot use {path} as a checkpoint of {Path(__file__).name}: {error}")
+
+
+class Run(AbstractContextManager):
+    """A run's folder with log and checkpoint, and its progress bar. modules: what the checkpoint keeps, by name."""
+
+    def __init__(self, args, **modules):
+        self.args, self.modules, self.global_step = args, modules, 0
+        if args.resume:
+            self.folder = Path(args.resume).parent
+            self.global_step = load_checkpoint(args.resume, **modules)["global_step"]
+        else:
+            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
+            self.folder = Path(args.log_dir) / name.replace("/", "-").replace(":", "-")
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+        if args.track:
+            import wandb
+
+            wandb.init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
+        self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
+        self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
+        self.episodic_return, self.episodic_length = np.zeros((2, args.num_envs))  # of the episodes under way
+        self.returns = []  # of those that have ended
+        self.next_log, self.stopping = 0, False
+        self.save()
+
+    def log_step(self, rewards, valid, ended):
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.global_step += len(rewards)
+        self.episodic_return += rewards
+        self.episodic_length += valid
+        for n in np.flatnonzero(ended):
+            self.returns.append(self.episodic_return[n])
+            self.writer.add_scalar("charts/episodic_return", self.episodic_return[n], self.global_step)
+            self.writer.add_scalar("charts/episodic_length", self.episodic_length[n], self.global_step)
+            self.episodic_return[n] = self.episodic_length[n] = 0
+
+    def log_update(self, scalars, **inputs):
+        """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
+        for name, values in (inputs | scalars).items():
+            if not np.isfinite(values).all():
+                raise FloatingPointError(f"{name} not finite at step {self.global_step}; is --learning-rate too high?")
+        if self.global_step < self.next_log:
             return
-        envs = make_envs(args, num_envs=1, evaluation=True)
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
+        self.next_log = self.global_step + self.args.total_timesteps // 1000  # a thousand points make a curve
+        scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.global_step)
+        self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}" if self.returns else "", refresh=False)
+        self.bar.update(self.global_step - self.bar.n)
+        if self.global_step >= self.saved_step + self.args.checkpoint_interval:
+            self.save()
+
+    def save(self):
+        """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
+        if not all(x.isfinite().all() for x in self.modules["agent"].state_dict().values()):
+            raise FloatingPointError("a weight is not finite; is --learning-rate too high?")
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
+        torch.save(state, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        self.saved_step = self.global_step
+
+    def finish(self, agent):
+        self.save()
+        self.bar.close()
+        for number in self.handlers:
+            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
+        for episode, episodic_return in enumerate(evaluate(agent, self.args, self.folder), start=1):
+            self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
+
+    def __enter__(self):
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def stop(self, number, frame):
+        self.stopping = True  # `log_step` raises KeyboardInterrupt: elsewhere a lock of the log may be held
+        signal.signal(number, signal.default_int_handler)  # a second one raises it at once
+
+    def __exit__(self, error_type, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        if self.stopping or error_type is KeyboardInterrupt:
+            self.save()
+            print(
+                "stopped; resume with:", shlex.join(["python", sys.argv[0], "--resume", f"{self.folder}/checkpoint.pt"])
+            )
+            if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
+                sys.exit(130)
+        self.writer.close()
+
+
+def main():
+    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the current directory
+    torch.backends.cudnn.deterministic = True
+    args = tyro.cli(Args, description=__doc__)
+    if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
+        saved = Args(**load_checkpoint(path)["args"])
+        args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs
+    if args.evaluate:
+        envs = make_envs(args, 1)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
         load_checkpoint(args.evaluate, agent=agent)
-        evaluate(agent, args, Path(args.evaluate))
-    except UsageError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        evaluate(agent, args, Path(args.evaluate).parent)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":
     main()
-# shared: end

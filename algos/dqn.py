@@ -14,7 +14,7 @@ the other tell its value:
     y = r + γ (1 - terminated) Q_targ(s', argmax_a' Q(s', a'))
 
 (The paper clips the error of each transition to ±1. We do not: with that, the many small errors outweigh the few large
-ones at the ends of episodes, and on CartPole Q diverged.)
+ones at the ends of episodes, and CartPole is learned less well.)
 
 Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With no --hidden-sizes Q
 is linear, and on a Discrete observation, which is flattened to one-hot, a table (plus a bias for each action): tabular
@@ -27,61 +27,41 @@ A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, ar
     python algos/dqn.py --env-id CliffWalking-v1 --hidden-sizes --learning-rate 0.1 --total-timesteps 20000 \
         --train-frequency 2 --target-network-frequency 50 --tau 1 --exploration-fraction 0.5
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 4 --buffer-size 1000000 \
-        --learning-starts 80000 --train-frequency 4 --batch-size 32 --hidden-sizes 512 --learning-rate 1e-4 \
+        --learning-starts 80000 --train-frequency 4 --batch-size 32 --learning-rate 1e-4 \
         --target-network-frequency 1000 --tau 1 --exploration-fraction 0.1 --end-e 0.01
 """
 
-import contextlib
 import copy
-import importlib.util
-import io
-import math
 import os
 import shlex
 import signal
 import sys
+import threading
 import time
-import warnings
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done: `main` prints the sentence and exits with status 2."""
-
-
 @dataclass
 class Args:
-    env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    # shared: arguments
-    exp_name: str = Path(__file__).stem  # a part of the run folder's name
-    seed: int = 1  # random seed of the weights, actions, minibatches and environments
-    device: str = "auto"  # auto (the best there is), cpu, cuda, cuda:N or mps
-    async_envs: bool = False  # train with a process per environment, if several, for slow ones (Atari has threads)
-    log_dir: str = "runs"  # where the run's folder is made
-    track: bool = False  # mirror the run to Weights & Biases (needs the package wandb)
-    eval_episodes: int = 10  # episodes of the deterministic policy after training (0: none)
-    capture_video: bool = False  # record the evaluation episodes as mp4 into the run's folder
-    checkpoint_interval: int = 50_000  # environment steps between checkpoints
-    resume: str = ""  # resume from this checkpoint, in its folder, with its arguments; a flag given beside it wins
-    evaluate: str = ""  # no training: evaluate this checkpoint
-    # shared: end
     total_timesteps: int = 100_000  # environment steps to train for, all environments together
     num_envs: int = 1  # N parallel environments
-    hidden_sizes: tuple[int, ...] = (120, 84)  # widths of the hidden layers of Q; none: linear
+    hidden_sizes: tuple[int, ...] = (120, 84)  # hidden layers of Q; none: linear (images: always 512)
     learning_rate: float = 1e-3  # step size of Adam
     gamma: float = 0.99  # discount γ
-    buffer_size: int = 100_000  # the replay buffer keeps the last transitions, about this many
+    buffer_size: int = 100_000  # the replay buffer keeps the last steps, about this many
     batch_size: int = 128  # transitions of a gradient step
     learning_starts: int = 1000  # steps before learning; so many again after a resume: the buffer is not saved
     train_frequency: int = 4  # environment steps between updates of Q, rounded down to whole steps of all environments
@@ -90,557 +70,444 @@ class Args:
     tau: float = 0.05  # τ, Q_targ ← τ Q + (1-τ) Q_targ: 1 copies
     start_e: float = 1.0  # ε at the start
     end_e: float = 0.05  # ε at the end
-    exploration_fraction: float = 0.2  # share of the training in which ε falls from start_e to end_e
+    exploration_fraction: float = 0.2  # share of the total timesteps in which ε falls from start_e to end_e
     double_q: bool = False  # Double DQN: Q chooses the action in y, Q_targ tells its value
 
+    # shared: arguments
+    env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: NAME VALUE …
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    seed: int = 1  # random seed
+    device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
+    async_envs: bool = False  # one process per environment, for slow ones
+    log_dir: str = "runs"  # where the run's folder is made
+    track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
+    eval_episodes: int = 10  # episodes of the deterministic policy after training
+    capture_video: bool = False  # record the evaluation episodes as mp4
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints
+    resume: str = ""  # go on from this checkpoint, in its folder, with its arguments; a flag given beside it wins
+    evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
+
     def __post_init__(self):
-        limits = (
-            ("total_timesteps checkpoint_interval", 1, 1e12),
-            ("num_envs hidden_sizes gradient_steps", 1, 1e4),
-            ("batch_size", 1, 1e6),
-            ("buffer_size train_frequency target_network_frequency", 1, 1e9),
-            ("learning_rate", 1e-9, 1e9),
-            ("tau", 1e-9, 1),
-            ("gamma start_e end_e exploration_fraction", 0, 1),
-            ("learning_starts eval_episodes seed", 0, 1e9),
-        )
-        # shared: validation
-        for names, low, high in limits:
-            for name in names.split():
-                for value in np.atleast_1d(getattr(self, name)):
-                    if value is not None and not low <= value <= high:  # NaN fails this, too
-                        raise UsageError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
-        if self.evaluate and (self.resume or self.eval_episodes == 0):
-            raise UsageError("--evaluate needs --eval-episodes of at least 1, and does not go with --resume")
+        if min(self.num_envs, self.eval_episodes, self.checkpoint_interval, *self.hidden_sizes) < 1:
+            fail("--num-envs, --eval-episodes, --checkpoint-interval and --hidden-sizes must be at least 1")
+        if not (0 <= self.seed < 200_000 and 0 < self.learning_rate < np.inf and 0 <= self.gamma <= 1):
+            fail("--seed must be from 0 to 199999, --learning-rate positive, and --gamma from 0 to 1")
+        for package in ["wandb"] * self.track + ["moviepy"] * self.capture_video:
+            if find_spec(package) is None:
+                fail(f"--track and --capture-video need a package: pip install {package}")
         # shared: end
-        if self.buffer_size < 2 * self.num_envs:
-            raise UsageError("--buffer-size must be at least twice --num-envs")
-        stride = self.num_envs * max(self.train_frequency // self.num_envs, 1)  # between updates
-        if self.total_timesteps // stride * stride < max(stride, self.learning_starts):
-            raise UsageError(f"--total-timesteps must reach --learning-starts in multiples of {stride} steps")
+        if min(self.batch_size, self.train_frequency, self.gradient_steps, self.target_network_frequency) < 1:
+            fail("--batch-size, --train-frequency, --gradient-steps, --target-network-frequency must be at least 1")
+        if self.buffer_size < 2 * self.num_envs or self.learning_starts < 0:
+            fail("--buffer-size must be at least twice --num-envs, --learning-starts not negative")
+        if not (0 < self.tau <= 1 and min(self.start_e, self.end_e) >= 0 and max(self.start_e, self.end_e) <= 1):
+            fail("--tau, --start-e and --end-e must be from 0 to 1")
+        if not 0 <= self.exploration_fraction <= 1:
+            fail("--exploration-fraction must be from 0 to 1")
 
 
-# ==== shared: command line
-def parse_args() -> Args:
-    """Read the command line. With --resume or --evaluate, the checkpoint's arguments are the defaults."""
-
-    def checkpoint_path(resume: str = "", evaluate: str = "") -> str:
-        return resume or evaluate
-
-    box = io.StringIO()  # tyro complains in a drawn box: what is above its first inner line becomes one sentence
-    try:
-        with contextlib.redirect_stderr(box):
-            path, _ = tyro.cli(checkpoint_path, return_unknown_args=True, add_help=False)  # sets the defaults
-            default = Args(**load_checkpoint(path)["args"]) if path else Args()
-            return tyro.cli(Args, default=default, description=__doc__)
-    except SystemExit as stop:
-        if stop.code != 2:  # --help
-            raise
-        sentence = box.getvalue().split("│ ─")[0].splitlines()[1:]
-        raise UsageError(" ".join(line.strip("│╰╯─ ") for line in sentence)) from None
-
-
-def select_device(name: str) -> torch.device:
-    """The device of that name; for "auto" the best there is."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(best if name == "auto" else name)
-        torch.zeros(1, device=device).item()
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0].split('. ')[0]}") from error
-
-
-# ==== shared: environments
-def make_envs(args: Args, num_envs: int, evaluation: bool = False, video_folder: Path | None = None):
-    """Make a vector environment that resets on the next step and has Box observations (other spaces are flattened).
-
-    Atari's rewards, and so its curves, are clipped to ±1 in training but not in evaluation. With `video_folder`
-    every episode is written there as mp4.
-    """
-    atari = args.env_id.split(":")[-1].startswith("ALE/")
-    env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id
-    options = {"vectorization_mode": "async" if args.async_envs and not (atari or evaluation) else None}
-    if video_folder:
-        wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda _: True)]
-        if atari:  # what ale-py's vector environment, which cannot render, does in C++ (but for its fire-reset)
-            stack = [gym.wrappers.AtariPreprocessing, lambda env: gym.wrappers.FrameStackObservation(env, 4)]
-            options["frameskip"], wrappers = 1, stack + wrappers
-        options |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
-    elif atari:
-        options["reward_clipping"] = not evaluation
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw off screen, and there may be no screen
-    if args.capture_video and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes of --async-envs
-    try:
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of an old id
-            module, _, name = env_id.rpartition(":")
-            if env_id.startswith((".", ":")):
-                raise gym.error.Error("a module is named as in envs.template:Template-v0")
-            if module:
-                importlib.import_module(module)
-            if num_envs == 1 and not atari and name in gym.registry and gym.registry[name].entry_point:
-                options["vectorization_mode"] = "sync"  # for one, faster than its own vector implementation
-            envs = gym.make_vec(env_id, num_envs, **options)
-        if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ["rgb_array"]):
-            raise UsageError(f"--capture-video needs the render mode rgb_array, which {args.env_id} lacks")
-        if args.capture_video and not video_folder:  # what cannot be rendered should show now, not after the training
-            with contextlib.closing(gym.make(env_id, render_mode="rgb_array")) as probe:
-                probe.reset()
-                try:
-                    probe.render()
-                except Exception as error:  # each renderer fails in its own way
-                    raise UsageError(f"--capture-video: {args.env_id} cannot be rendered here: {error}") from error
-    except (gym.error.Error, ImportError) as error:
-        install = " (pip install ale-py)" if atari and isinstance(error, ImportError) else ""
-        raise UsageError(f"cannot make the environment {args.env_id}: {error}{install}") from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    space = envs.single_observation_space
-    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise UsageError(f"{args.env_id} must reset on the next step (AutoresetMode.NEXT_STEP)")
-    if not space.is_np_flattenable:
-        raise UsageError(f"{args.env_id} has observations that cannot be flattened to an array: {space}")
-    return envs if isinstance(space, gym.spaces.Box) else gym.wrappers.vector.FlattenObservation(envs)
-
-
-# ==== shared: networks
-def layer_init(layer: nn.Module, gain: float = np.sqrt(2)) -> nn.Module:
+# ==== networks
+def layer_init(layer, gain=2**0.5):
     """Orthogonal weights, zero biases."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def mlp(input_size: int, hidden_sizes: tuple[int, ...], output_size: int, gain: float, activation=nn.Tanh):
-    """Linear layers with activations between them; a single linear one if there are no hidden sizes."""
+def mlp(input_size, hidden_sizes, output_size, gain):
+    """Linear layers with ReLU between them; the last one's weights have the given gain."""
     layers = []
     for size in hidden_sizes:
-        layers += [layer_init(nn.Linear(input_size, size)), activation()]
+        layers += [layer_init(nn.Linear(input_size, size)), nn.ReLU()]
         input_size = size
     return nn.Sequential(*layers, layer_init(nn.Linear(input_size, output_size), gain))
 
 
-def numpy_mlp(network: nn.Sequential):
-    """An `mlp` as a function of arrays, to be made anew after each update.
-
-    For the few rows of one step numpy takes a third of torch's time, and need not wait for a GPU.
-    """
-    *hidden, last = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in [*network][::2]]
-    activate = np.tanh if nn.Tanh in map(type, network) else lambda x: np.maximum(x, 0)
-
-    def forward(x: np.ndarray) -> np.ndarray:
-        for weight, bias in hidden:
-            x = activate(x @ weight + bias)
-        return x @ last[0] + last[1]
-
-    return forward
+def nature_cnn(channels, height, width):
+    """Features, (B, 512), of images scaled to [0, 1], (B, channels, height, width): Mnih et al. (2015)."""
+    layers = []
+    for in_channels, out_channels, size, stride in ((channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)):
+        layers += [layer_init(nn.Conv2d(in_channels, out_channels, size, stride)), nn.ReLU()]
+    convolutions = nn.Sequential(*layers, nn.Flatten())
+    num_features = convolutions(torch.zeros(1, channels, height, width)).shape[1]
+    return nn.Sequential(convolutions, layer_init(nn.Linear(num_features, 512)), nn.ReLU())
 
 
-# ==== shared: images
-class Convolutions(nn.Sequential):
-    """Those of Mnih et al. (2015), for images with their channels, the shortest axis, first or last."""
-
-    def __init__(self, space: gym.spaces.Box):
-        self.channels_last = space.shape[2] < space.shape[0]  # a plain bool may be set before super().__init__
-        sizes = (min(space.shape[0], space.shape[2]), 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)  # in, out, size, stride
-        layers = [layer for size in sizes for layer in (layer_init(nn.Conv2d(*size)), nn.ReLU())]
-        super().__init__(*layers, nn.Flatten())
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Features, shape (B, num_features), of uint8 images."""
-        return super().forward((images.permute(0, 3, 1, 2) if self.channels_last else images) / 255)
-
-
-# ==== Q
 class Agent(nn.Module):
     """Q(s, ·), and the policy that is greedy with respect to it.
 
-    obs_space: Box. uint8 images (three axes, channels first or last, 36 pixels a side or more) go through the
-        convolutions of Mnih et al. (2015); anything else is a vector.
-    action_space: Discrete(n). Any other is a UsageError.
+    obs_space: a Box of vectors, or of uint8 images (three axes). action_space: Discrete.
     """
 
-    def __init__(self, obs_space: gym.spaces.Box, action_space: gym.Space, args: Args):
+    def __init__(self, obs_space, action_space, args):
         super().__init__()
         if not isinstance(action_space, gym.spaces.Discrete):
-            raise UsageError(f"dqn.py takes Discrete actions, not {action_space}; for float Box use ddpg.py or ppo.py")
-        self.num_actions = int(action_space.n)
-        self.to_env = lambda actions: (actions + action_space.start).astype(action_space.dtype, copy=False)
-        shape = obs_space.shape
-        self.is_image = obs_space.dtype == np.uint8 and len(shape) == 3 and min(shape[1], max(shape[0], shape[2])) >= 36
-        self.obs_dtype = np.uint8 if self.is_image else np.float32
-        self.convolutions = Convolutions(obs_space) if self.is_image else None
-        num_features = self.features(torch.zeros(1, *obs_space.shape)).shape[1]
-        self.q = mlp(num_features, args.hidden_sizes, self.num_actions, 1.0, nn.ReLU)
+            fail(f"{Path(__file__).name} takes Discrete actions, not {action_space}; for Box take ddpg.py or ppo.py")
+        self.obs_space, self.action_space = obs_space, action_space
+        self.is_image = len(obs_space.shape) == 3
+        if self.is_image:
+            self.encoder = nature_cnn(*self.preprocess(obs_space.low).shape)
+            self.q = mlp(512, (), int(action_space.n), 1.0)
+        else:
+            self.encoder = nn.Identity()
+            self.q = mlp(obs_space.shape[0], args.hidden_sizes, int(action_space.n), 1.0)
 
-    def features(self, obs: torch.Tensor) -> torch.Tensor:
-        """The input of the linear layers, shape (B, num_features), made of `obs`, shape (B, *obs_space.shape)."""
-        return self.convolutions(obs) if self.is_image else obs.reshape(len(obs), -1)
+    def preprocess(self, obs):
+        """Arrays (..., *obs_space.shape) as the networks take them: float32, bytes in [0, 1], images channels first."""
+        x = obs.astype(np.float32) / (255 if obs.dtype == np.uint8 else 1)
+        channels_last = self.is_image and self.obs_space.shape[2] < self.obs_space.shape[0]
+        return np.moveaxis(x, -1, -3) if channels_last else x
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        """Q(s, ·), shape (B, num_actions)."""
-        return self.q(self.features(obs))
+    def forward(self, x):
+        """Q(s, ·), (B, number of actions), of preprocessed observations x."""
+        return self.q(self.encoder(x))
 
-    def policy(self):
-        """argmax_a Q(s, a) as a function of arrays, obs to actions of shape (B,), to be made anew after each update."""
-        if not self.is_image:
-            q = numpy_mlp(self.q)
-            return lambda obs: q(obs.reshape(len(obs), -1)).argmax(-1)
+    def numpy_policy(self):
+        """argmax_a Q(s, a) as a function of arrays (B, ...): three times as fast as torch here."""
+        linears = [layer for layer in self.q if isinstance(layer, nn.Linear)]
+        weights = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linears]
 
-        @torch.inference_mode()
         def act(obs):
-            return self(torch.as_tensor(obs, device=self.q[0].weight.device)).argmax(-1).numpy(force=True)
+            x = self.preprocess(obs)
+            if self.is_image:
+                with torch.inference_mode():
+                    x = self.encoder(torch.as_tensor(x, device=linears[0].weight.device)).numpy(force=True)
+            for weight, bias in weights[:-1]:
+                x = np.maximum(x @ weight + bias, 0)
+            return (x @ weights[-1][0] + weights[-1][1]).argmax(-1)
 
         return act
 
+    def to_env(self, actions):
+        """Actions as the environment takes them: from start on."""
+        return (actions + self.action_space.start).astype(self.action_space.dtype, copy=False)
 
-# ==== replay buffer
+
 class ReplayBuffer:
-    """The last transitions (s, a, r, s', terminated) of N environments, in a ring that stores every frame once.
+    """The last steps of N environments, in a ring of rows; s' is the observation of the next row.
 
-    A place of the ring holds an observation and what was done there; `next_place` says where s' is, the one that the
-    same environment stores next. The step that only resets leads from the end of an episode to the start of the next:
-    no transition, and never sampled. Of an image with channels first, taken for stacked frames, only the newest frame
-    is stored if the others are those of the observation before. So a million Atari transitions take 7.1 GB (56 GB with
-    both stacks of each); an image that is no such stack takes a place for each of its channels.
-
-    size: places, of all environments together. A UsageError if they take more memory than is free.
+    Of ale-py's stacks of four frames (stack=4) only the newest frame is stored, so that a million steps take 7 GB: the
+    stack of row t is the frames of rows t-3 to t, black before the start of the episode.
     """
 
-    def __init__(self, size: int, num_envs: int, obs_shape: tuple, obs_dtype):
-        is_stack = obs_dtype == np.uint8 and len(obs_shape) == 3 and obs_shape[0] < obs_shape[2]
-        self.stack, frame_shape = (obs_shape[0], obs_shape[1:]) if is_stack else (1, obs_shape)
-        self.num_envs, self.obs_shape = num_envs, obs_shape
-        self.places = num_envs * (math.ceil(size / num_envs) + 3 * self.stack - 2)
-        other = 8 + 4 + 1 + 1 + 8  # bytes of action, reward, terminated, valid, next_place
-        needed = self.places * (np.zeros(frame_shape, obs_dtype).nbytes + other)
+    def __init__(self, size, num_envs, obs_space, stack=1):
+        shape = (size // num_envs + stack, num_envs)
+        frame_shape = obs_space.shape[1:] if stack > 1 else obs_space.shape
+        needed = np.prod(shape) * (np.prod(frame_shape) * obs_space.dtype.itemsize + 22)  # bytes
         free = psutil.virtual_memory().available
         if needed > free:
-            raise UsageError(f"--buffer-size {size} takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
-        self.frames = np.zeros((self.places, *frame_shape), obs_dtype)
-        self.actions, self.next_place = np.zeros((2, self.places), np.int64)
-        self.rewards = np.zeros(self.places, np.float32)
-        self.terminated, self.valid = np.zeros((2, self.places), bool)
-        self.place = np.arange(num_envs) - num_envs  # of each environment's last observation; the next is N further
-        self.last_obs = np.zeros((num_envs, self.stack, *frame_shape), obs_dtype)
-        self.used = 0  # places before this one may be in use
+            fail(f"--buffer-size {size} takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
+        self.frames = np.zeros((*shape, *frame_shape), obs_space.dtype)
+        self.actions, self.age = np.zeros((2, *shape), np.int64)  # age: steps since the start of the episode
+        self.rewards = np.zeros(shape, np.float32)
+        self.terminated, self.valid = np.zeros((2, *shape), bool)
+        self.num_rows, self.num_envs, self.stack = *shape, stack
+        self.row = 0  # counts on; its place in the ring is row % num_rows
 
-    def store(self, obs: np.ndarray) -> None:
-        """Put in the environments' observations, shape (N, *obs_shape)."""
-        obs = obs.reshape(self.num_envs, self.stack, *self.frames.shape[1:])
-        if self.stack > 1:
-            changed = np.flatnonzero((obs[:, :-1] != self.last_obs[:, 1:]).any(axis=(1, 2, 3)))
-            self.last_obs[:] = obs
-        for k in range(self.stack):  # the older frames only where they are not those of the observation before
-            n = changed if k < self.stack - 1 else slice(None)
-            self.place[n] = place = (self.place[n] + self.num_envs) % self.places
-            self.frames[place], self.valid[place] = obs[n, k], False
-            for later in range(1, self.stack):  # these, too, contained the frame that was here
-                self.valid[(place + later * self.num_envs) % self.places] = False
-            if self.used < self.places:
-                self.used = max(self.used, place.max(initial=-1) + 1)
+    def add(self, obs, actions, rewards, next_obs, terminated, valid):
+        """A step of all environments, arrays (N, ...). valid: false if it only reset."""
+        place, next_place = self.row % self.num_rows, (self.row + 1) % self.num_rows
+        self.frames[place] = obs[:, -1] if self.stack > 1 else obs
+        self.frames[next_place] = next_obs[:, -1] if self.stack > 1 else next_obs
+        self.actions[place] = actions
+        self.rewards[place] = rewards
+        self.terminated[place] = terminated
+        self.valid[place] = valid
+        self.age[next_place] = (self.age[place] + 1) * valid  # 0 after a reset
+        self.row += 1
 
-    def add(self, actions, rewards, next_obs, terminated, valid) -> None:
-        """Put in the transitions from the observations that were stored last, arrays (N, ...)."""
-        place = self.place.copy()
-        self.actions[place], self.rewards[place], self.terminated[place] = actions, rewards, terminated
-        self.store(next_obs)
-        self.next_place[place], self.valid[place] = self.place, valid
+    def observations(self, rows, envs):
+        """Those of B rows and environments, (B, *obs_space.shape)."""
+        if self.stack == 1:
+            return self.frames[rows % self.num_rows, envs]
+        back = np.arange(self.stack)[::-1]
+        frames = self.frames[(rows[:, None] - back) % self.num_rows, envs[:, None]]
+        frames[back > self.age[rows % self.num_rows, envs][:, None]] = 0
+        return frames
 
-    def sample(self, batch_size: int, rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Draw B transitions uniformly: obs (B, *obs_shape), actions (B,), rewards, next_obs, terminated."""
-        place = rng.integers(self.used, size=batch_size)
-        while not (valid := self.valid[place]).all():
-            place[~valid] = rng.integers(self.used, size=batch_size - valid.sum())
-        back = self.num_envs * np.arange(self.stack)[::-1]
-        obs, next_obs = (
-            self.frames[(p[:, None] - back) % self.places].reshape(batch_size, *self.obs_shape)
-            for p in (place, self.next_place[place])
-        )
-        batch = (obs, self.actions[place], self.rewards[place], next_obs, self.terminated[place])
-        return tuple(torch.as_tensor(x, device=device) for x in batch)
-
-
-# ==== shared: target network
-def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """Polyak averaging, φ_targ ← τ φ + (1-τ) φ_targ; with τ = 1 a copy."""
-    with torch.no_grad():  # all parameters in one call, as in torch.optim.swa_utils
-        torch._foreach_lerp_([*target.parameters()], [*online.parameters()], tau)
-
-
-# ==== shared: evaluation
-def evaluate(agent: Agent, args: Args, checkpoint: Path) -> list[float]:
-    """Play and print `args.eval_episodes` whole episodes of the deterministic policy; gives their returns.
-
-    They are played in batches, one in each environment. Of the last batch those of the first environments count: to
-    take those that end first would favour the short ones. One that does not end is cut after 27,000 steps (Atari's half
-    hour). Videos go beside the checkpoint.
-    """
-    num_envs, returns = 1 if args.capture_video else min(max(args.eval_episodes, 1), 16), []
-    video_folder = checkpoint.parent / f"videos-{int(time.time())}" if args.capture_video else None
-    envs = make_envs(args, num_envs, evaluation=True, video_folder=video_folder)
-    act = agent.policy()
-    while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=args.seed + 10**7 + len(returns))  # others than those of the training
-        totals, ended = np.zeros(num_envs), np.zeros(num_envs, bool)
-        for _ in range(27_000):
-            actions = agent.to_env(act(obs.astype(agent.obs_dtype)))
-            obs, rewards, terminated, truncated, _ = envs.step(actions)
-            totals += rewards * ~ended
-            ended |= terminated | truncated
-            if ended.all():
-                break
-        returns += totals.tolist()
-    envs.close()
-    returns = returns[: args.eval_episodes]
-    mean, std = (np.mean(returns), np.std(returns)) if returns else (np.nan, np.nan)
-    print(f"eval: mean_return={mean:.2f} std={std:.2f} episodes={len(returns)} checkpoint={checkpoint}")
-    return returns
-
-
-# ==== shared: run
-def load_checkpoint(path: str | Path, **modules) -> dict:
-    """Read a checkpoint (plain types and tensors only, which cannot run code), and restore `modules` from it."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])  # raises if these are not the arguments of this file
-        checkpoint["global_step"], checkpoint["rng"]  # KeyError if one of these is missing
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        return checkpoint
-    except Exception as error:  # whatever a missing, damaged or foreign file leads to
-        fits = "that fits this environment and these arguments" if modules else "that can be read"
-        why = getattr(error, "strerror", None) or f"it is not a checkpoint of {Path(__file__).name} {fits}"
-        raise UsageError(f"cannot use the checkpoint {path}: {why}") from error
-
-
-class Run:
-    """A run's folder with its checkpoint and TensorBoard events, the progress bar, and the answer to Ctrl-C.
-
-    modules: what the checkpoint keeps, by name; each has a `state_dict`.
-    """
-
-    def __init__(self, args: Args, rng: np.random.Generator, **modules):
-        for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
-            if getattr(args, flag) and not importlib.util.find_spec(package):
-                raise UsageError(f"--{flag.replace('_', '-')} needs a package that is missing: pip install {package}")
-        self.args, self.rng, self.modules, self.global_step, self.interrupted = args, rng, modules, 0, False
-        folder = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.folder = Path(args.log_dir) / folder.replace("/", "-").replace(":", "-")
-        if args.resume:
-            checkpoint = load_checkpoint(args.resume, **modules)
-            self.global_step, rng.bit_generator.state = checkpoint["global_step"], checkpoint["rng"]
-            self.folder = Path(args.resume).parent
-        try:
-            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-        except OSError as error:
-            raise UsageError(f"cannot make the folder {self.folder}: {error.strerror}") from error
-        if args.track:
-            import wandb
-
-            options = {"name": self.folder.name, "dir": self.folder.parent, "config": vars(args)}
-            try:
-                self.wandb_run = wandb.init(**options, sync_tensorboard=True)
-            except wandb.errors.Error as error:  # not logged in, say
-                with contextlib.suppress(OSError):  # that of a resumed run is not empty, and stays
-                    self.folder.rmdir()
-                raise UsageError(f"--track: {error}") from error
-        self.writer = SummaryWriter(str(self.folder), purge_step=(self.global_step + 1) if args.resume else None)
-        self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
-        self.checkpoint = self.folder / "checkpoint.pt"
-        self.first_step, self.start_time = self.global_step, time.perf_counter()
-        self.running, self.returns = np.zeros((2, args.num_envs)), []
-        self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
-        self.show_error, sys.excepthook = sys.excepthook, self.crash
-        self.save()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.interrupt)
-
-    def interrupt(self, signum: int, frame) -> None:
-        """Ctrl-C or SIGTERM: stop at the next point where all is whole; a second one kills at once."""
-        self.interrupted = True
-        signal.signal(signum, signal.SIG_DFL)
-        os.write(2, b"\nstopping soon; once more stops at once, at the last checkpoint\n")
-
-    def log_rollout(self, obs, rewards, ended, valid, scalars: dict[str, float]) -> None:
-        """Log T steps of N environments, arrays (T, N), and the episodes that ended in them; a checkpoint when due.
-
-        obs, of any shape: what the environments have shown since the last call. What is not finite ends the run.
-        """
-        totals = self.running[:, None] + np.cumsum([rewards, valid], axis=1, dtype=float)  # return, length so far
-        for t, n in np.argwhere(ended):
-            episodic_return, length = totals[:, t, n]
-            totals[:, t:, n] -= [[episodic_return], [length]]  # the next episode counts from here
-            step = self.global_step + (t + 1) * ended.shape[1]
-            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
-            self.writer.add_scalar("charts/episodic_length", length, step)
-            self.returns.append(episodic_return)
-        self.running = totals[:, -1]
-
-        self.global_step += ended.size
-        for name, numbers in {"an observation": obs, "a reward": rewards, **scalars}.items():
-            if not np.isfinite(numbers).all():  # must not get into the checkpoint
-                hint = "; a lower --learning-rate may help" if name in scalars else ""
-                self.stop(1, f"error: {name} is not finite{hint}")
-        if self.global_step % max(self.args.total_timesteps // 1000, 1) < ended.size:  # 1000 points make a curve
-            sps = (self.global_step - self.first_step) / (time.perf_counter() - self.start_time)
-            for name, value in {**scalars, "charts/SPS": sps}.items():
-                self.writer.add_scalar(name, value, self.global_step)
-            if self.returns:
-                self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}", refresh=False)
-        self.bar.update(ended.size)
-        if self.interrupted or self.global_step % self.args.checkpoint_interval < ended.size:
-            self.save()
-
-    def stop(self, status: int, reason: str) -> None:
-        """Say why the run ends here and how to go on, and exit."""
-        self.bar.close()
-        with contextlib.suppress(OSError):  # of a full disk
-            self.writer.close()
-        command = shlex.join(["python", sys.argv[0], "--resume", str(self.checkpoint)])
-        sentence = f"{reason} (step {self.global_step}); resume from the last checkpoint with: {command}"
-        print(sentence, file=sys.stdout if status == 130 else sys.stderr)
-        sys.exit(status)
-
-    def crash(self, kind: type, error: BaseException, traceback) -> None:
-        """Python calls it with what nobody has caught, such as an error of the environment, or a full disk."""
-        died = self.args.async_envs and isinstance(error, EOFError | ConnectionError)
-        if died and self.interrupted:  # SIGTERM was sent to the processes, too; no update was under way
-            sys.stderr = io.StringIO()  # for Gymnasium's complaints that it cannot close what has died
-            self.save()  # and exit
-        self.show_error(kind, error, traceback)
-        what = "an environment's process has died" if died else f"{kind.__name__}: {' '.join(str(error).split())}"
-        self.stop(1, f"error: {what}")
-
-    def save(self) -> None:
-        """Write the checkpoint to another file, flush and rename it: a kill at any moment leaves a whole one."""
-        if not all(tensor.isfinite().all() for tensor in self.modules["agent"].state_dict().values()):
-            self.stop(1, "error: a weight is not finite; a lower --learning-rate may help")
-        state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"global_step": self.global_step, "rng": self.rng.bit_generator.state}
-        state["args"] = vars(self.args) | {"resume": "", "evaluate": ""}
-        temporary = self.checkpoint.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.checkpoint)
-        if self.interrupted:
-            self.stop(130, "stopped")
-
-    def finish(self, agent: Agent) -> None:
-        """Write the last checkpoint, evaluate the agent, and print the result."""
-        self.save()
-        self.bar.total = self.bar.n  # the rest of the budget is too short for an update
-        self.bar.close()
-        try:
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
-            returns = evaluate(agent, self.args, self.checkpoint)
-        except KeyboardInterrupt:
-            self.stop(130, "stopped")
-        for episode, episodic_return in enumerate(returns):
-            self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)  # a point each
-        self.writer.close()
-        if self.args.track:
-            self.wandb_run.finish()
+    def sample(self, batch_size, rng):
+        """B transitions, drawn uniformly: obs, actions, rewards, next_obs, terminated, each (B, ...)."""
+        oldest = max(0, self.row - self.num_rows + self.stack)
+        rows, envs = rng.integers(oldest, self.row, batch_size), rng.integers(self.num_envs, size=batch_size)
+        while not (valid := self.valid[rows % self.num_rows, envs]).all():  # draw those anew that only reset
+            rows[~valid] = rng.integers(oldest, self.row, (~valid).sum())
+        at = rows % self.num_rows, envs
+        obs, next_obs = self.observations(rows, envs), self.observations(rows + 1, envs)
+        return obs, self.actions[at], self.rewards[at], next_obs, self.terminated[at]
 
 
 # ==== DQN
-def bellman_target(agent: Agent, target: Agent, rewards, next_obs, terminated, args: Args) -> torch.Tensor:
-    """y of B transitions, shape (B,)."""
-    with torch.no_grad():
-        next_q = target(next_obs)
-        best = (agent(next_obs) if args.double_q else next_q).argmax(1, keepdim=True)
-        return rewards + args.gamma * ~terminated * next_q.gather(1, best).squeeze(1)
+@torch.no_grad()
+def bellman_target(agent, target, rewards, next_x, terminated, args):
+    """y of B transitions, (B,)."""
+    next_q = target(next_x)
+    best = (agent(next_x) if args.double_q else next_q).argmax(1, keepdim=True)
+    return rewards + args.gamma * ~terminated * next_q.gather(1, best).squeeze(1)
 
 
-def linear_epsilon(args: Args, step):
-    """ε at a step, or at an array of steps."""
-    share = np.minimum(step / max(args.exploration_fraction * args.total_timesteps, 1e-9), 1)
+@torch.no_grad()
+def update_target(target, online, tau):
+    """Polyak averaging, φ_targ ← τ φ + (1-τ) φ_targ; with τ = 1 a copy."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def linear_epsilon(args, step):
+    share = min(step / max(args.exploration_fraction * args.total_timesteps, 1), 1)
     return args.start_e + share * (args.end_e - args.start_e)
 
 
-def train(args: Args) -> Agent:
-    """Train an agent, evaluate it, return it. A UsageError comes before anything is written."""
-    # shared: setup
+def train(args):
+    """Train an agent, evaluate it and return it."""
     device = select_device(args.device)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = True
-    rng = np.random.default_rng(args.seed)
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    # shared: end
     target = copy.deepcopy(agent).requires_grad_(False)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
-
-    N = args.num_envs
+    N, num_actions = args.num_envs, int(envs.single_action_space.n)
     T = max(args.train_frequency // N, 1)  # steps of each environment between updates
-    buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space.shape, agent.obs_dtype)
-    obs = np.zeros((T + 1, *envs.observation_space.shape), agent.obs_dtype)  # row T: what follows the T steps
-    rewards = np.zeros((T, N), np.float32)
-    ended, valid = np.zeros((T, N), bool), np.ones((T, N), bool)  # valid: false on steps that only reset
+    if args.total_timesteps // (T * N) * T * N < max(args.learning_starts, T * N):
+        fail(f"--total-timesteps must reach --learning-starts in multiples of {T * N} steps")
+    stack = 4 if args.env_id.startswith("ALE/") else 1
+    buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space, stack)
 
-    run = Run(args, rng, agent=agent, target=target, optimizer=optimizer)
-    optimizer.param_groups[0]["lr"] = args.learning_rate  # not that of a resumed optimizer
-    obs[T], _ = envs.reset(seed=args.seed + run.global_step)
-    buffer.store(obs[T])
-    while run.global_step + T * N <= args.total_timesteps:
-        # T steps of N environments, ε-greedy, into the buffer.
-        epsilon = linear_epsilon(args, run.global_step + N * np.arange(T))
-        explore, random_actions = rng.random((T, N)) < epsilon[:, None], rng.integers(agent.num_actions, size=(T, N))
-        obs[0], act = obs[T], agent.policy()
-        for t in range(T):
-            actions = random_actions[t] if explore[t].all() else np.where(explore[t], random_actions[t], act(obs[t]))
-            obs[t + 1], rewards[t], terminated, truncated, _ = envs.step(agent.to_env(actions))
-            valid[t] = ~ended[t - 1]  # row -1 is, until it is overwritten, the last of the steps before
-            rewards[t] *= valid[t]
-            buffer.add(actions, rewards[t], obs[t + 1], terminated, valid[t])
-            ended[t] = terminated | truncated
+    with Run(args, agent=agent, target=target, optimizer=optimizer) as run:
+        optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
+        first_step = run.global_step
+        seed = args.seed + first_step  # a resumed run does not play the same episodes again
+        rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
+        obs, _ = envs.reset(seed=seed)
+        valid = np.ones(N, bool)
 
-        # Gradient steps, on transitions from the buffer.
-        scalars = {"charts/epsilon": epsilon[-1], "charts/learning_rate": args.learning_rate}
-        if run.global_step + T * N >= run.first_step + args.learning_starts:
-            for _ in range(args.gradient_steps):
-                b_obs, b_actions, b_rewards, b_next_obs, b_terminated = buffer.sample(args.batch_size, rng, device)
-                y = bellman_target(agent, target, b_rewards, b_next_obs, b_terminated, args)
-                q = agent(b_obs).gather(1, b_actions[:, None]).squeeze(1)
-                loss = F.mse_loss(q, y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            scalars |= {"losses/q_loss": loss.item(), "losses/q_values": q.mean().item()}
-            if run.global_step % args.target_network_frequency < T * N:
-                update_target(target, agent, args.tau)
-        run.log_rollout(obs, rewards, ended, valid, scalars)
+        while run.global_step + T * N <= args.total_timesteps:
+            # 1. T ε-greedy steps of N environments. The step after the end of an episode only resets: it is not valid.
+            act = agent.numpy_policy()
+            for _ in range(T):
+                epsilon = linear_epsilon(args, run.global_step)
+                explore = rng.random(N) < epsilon
+                actions = np.where(explore, rng.integers(num_actions, size=N), act(obs))
+                next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
+                rewards = rewards * valid
+                ended = terminated | truncated
+                buffer.add(obs, actions, rewards, next_obs, terminated, valid)
+                run.log_step(rewards, valid, ended)
+                obs, valid = next_obs, ~ended
+
+            # 2. Gradient steps, on transitions from the buffer.
+            scalars = {"charts/epsilon": epsilon, "charts/learning_rate": args.learning_rate}
+            if run.global_step >= first_step + args.learning_starts:
+                for _ in range(args.gradient_steps):
+                    b_obs, b_actions, b_rewards, b_next_obs, b_terminated = buffer.sample(args.batch_size, rng)
+                    x = torch.as_tensor(agent.preprocess(b_obs), device=device)
+                    next_x = torch.as_tensor(agent.preprocess(b_next_obs), device=device)
+                    b_actions = torch.as_tensor(b_actions, device=device)
+                    b_rewards = torch.as_tensor(b_rewards, device=device)
+                    b_terminated = torch.as_tensor(b_terminated, device=device)
+                    y = bellman_target(agent, target, b_rewards, next_x, b_terminated, args)
+                    q = agent(x).gather(1, b_actions[:, None]).squeeze(1)
+                    loss = (q - y).square().mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                scalars |= {"losses/q_loss": loss.item(), "losses/q_values": q.mean().item()}
+
+                # 3. The target network follows.
+                if run.global_step % args.target_network_frequency < T * N:
+                    update_target(target, agent, args.tau)
+
+            # 4. Log, and save when due.
+            run.log_update(scalars, observations=obs, rewards=rewards)
+        run.finish(agent)
     envs.close()
-    run.finish(agent)
     return agent
 
 
-# ==== shared: main
-def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
-    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the folder the user stands in
+# ==== shared: plumbing. The same in every file, and none of it is about the algorithm: skip it at a first reading.
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)  # as tyro does for a flag that it does not know
+
+
+def select_device(name):
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        args = parse_args()
-        if not args.evaluate:
-            train(args)
+        torch.zeros(1, device=name).item()  # raises if there is none
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} cannot be used: {error}")
+
+
+def make_envs(args, num_envs, eval_folder=None):
+    """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
+    is_atari = args.env_id.startswith("ALE/")
+    options = {"vectorization_mode": "sync" if num_envs == 1 and not is_atari else None}  # None: its own vector form
+    if args.async_envs and not is_atari:
+        options["vectorization_mode"] = "async"
+    if eval_folder and args.capture_video:
+        record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
+        options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
+        if is_atari:  # ale-py's own vector environment does this in C++, but cannot render
+            stack = partial(gym.wrappers.FrameStackObservation, stack_size=4)
+            options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
+    elif is_atari:
+        options["reward_clipping"] = not eval_folder  # to ±1, in training only
+    try:
+        envs = gym.make_vec("ale_py:" * is_atari + args.env_id, num_envs, **options, **args.env_kwargs)
+        space = envs.single_observation_space
+        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36 <= space.shape[1]
+        if not is_image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+            envs = gym.wrappers.vector.FlattenObservation(envs)
+        assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
+        assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP, "it must reset on the next step"
+        return envs
+    except Exception as error:  # its constructor may raise anything
+        fail(f"cannot use the environment {args.env_id}: {error}")
+
+
+def evaluate(agent, args, folder):
+    """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
+    envs = make_envs(args, 1, eval_folder=folder)
+    act, returns = agent.numpy_policy(), []
+    for episode in tqdm(range(args.eval_episodes), desc="evaluation", leave=False):
+        obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + episode)
+        returns.append(0.0)
+        for _ in range(27_000):  # half an hour of Atari
+            obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(act(obs)))
+            returns[-1] += rewards.item()
+            if terminated or truncated:
+                break
+        if not (terminated or truncated):
+            print("evaluation: an episode was cut after 27,000 steps", file=sys.stderr)
+    envs.close()
+    result = f"mean_return={np.mean(returns):.2f} std={np.std(returns):.2f} episodes={len(returns)}"
+    print(f"eval: {result} checkpoint={folder}/checkpoint.pt")
+    return returns
+
+
+def load_checkpoint(path, **modules):
+    """Read a checkpoint, a dict, and give `modules` their states in it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        Args(**checkpoint["args"])  # raises if these are not the arguments of this file
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        return checkpoint
+    except Exception as error:
+        fail(f"cannot use {path} as a checkpoint of {Path(__file__).name}: {error}")
+
+
+class Run(AbstractContextManager):
+    """A run's folder with log and checkpoint, and its progress bar. modules: what the checkpoint keeps, by name."""
+
+    def __init__(self, args, **modules):
+        self.args, self.modules, self.global_step = args, modules, 0
+        if args.resume:
+            self.folder = Path(args.resume).parent
+            self.global_step = load_checkpoint(args.resume, **modules)["global_step"]
+        else:
+            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
+            self.folder = Path(args.log_dir) / name.replace("/", "-").replace(":", "-")
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+        if args.track:
+            import wandb
+
+            wandb.init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
+        self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
+        self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
+        self.episodic_return, self.episodic_length = np.zeros((2, args.num_envs))  # of the episodes under way
+        self.returns = []  # of those that have ended
+        self.next_log, self.stopping = 0, False
+        self.save()
+
+    def log_step(self, rewards, valid, ended):
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.global_step += len(rewards)
+        self.episodic_return += rewards
+        self.episodic_length += valid
+        for n in np.flatnonzero(ended):
+            self.returns.append(self.episodic_return[n])
+            self.writer.add_scalar("charts/episodic_return", self.episodic_return[n], self.global_step)
+            self.writer.add_scalar("charts/episodic_length", self.episodic_length[n], self.global_step)
+            self.episodic_return[n] = self.episodic_length[n] = 0
+
+    def log_update(self, scalars, **inputs):
+        """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
+        for name, values in (inputs | scalars).items():
+            if not np.isfinite(values).all():
+                raise FloatingPointError(f"{name} not finite at step {self.global_step}; is --learning-rate too high?")
+        if self.global_step < self.next_log:
             return
-        envs = make_envs(args, num_envs=1, evaluation=True)
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
+        self.next_log = self.global_step + self.args.total_timesteps // 1000  # a thousand points make a curve
+        scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.global_step)
+        self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}" if self.returns else "", refresh=False)
+        self.bar.update(self.global_step - self.bar.n)
+        if self.global_step >= self.saved_step + self.args.checkpoint_interval:
+            self.save()
+
+    def save(self):
+        """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
+        if not all(x.isfinite().all() for x in self.modules["agent"].state_dict().values()):
+            raise FloatingPointError("a weight is not finite; is --learning-rate too high?")
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
+        torch.save(state, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        self.saved_step = self.global_step
+
+    def finish(self, agent):
+        self.save()
+        self.bar.close()
+        for number in self.handlers:
+            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
+        for episode, episodic_return in enumerate(evaluate(agent, self.args, self.folder), start=1):
+            self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
+
+    def __enter__(self):
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def stop(self, number, frame):
+        self.stopping = True  # `log_step` raises KeyboardInterrupt: elsewhere a lock of the log may be held
+        signal.signal(number, signal.default_int_handler)  # a second one raises it at once
+
+    def __exit__(self, error_type, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        if self.stopping or error_type is KeyboardInterrupt:
+            self.save()
+            print(
+                "stopped; resume with:", shlex.join(["python", sys.argv[0], "--resume", f"{self.folder}/checkpoint.pt"])
+            )
+            if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
+                sys.exit(130)
+        self.writer.close()
+
+
+def main():
+    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the current directory
+    torch.backends.cudnn.deterministic = True
+    args = tyro.cli(Args, description=__doc__)
+    if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
+        saved = Args(**load_checkpoint(path)["args"])
+        args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs
+    if args.evaluate:
+        envs = make_envs(args, 1)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
         load_checkpoint(args.evaluate, agent=agent)
-        evaluate(agent, args, Path(args.evaluate))
-    except UsageError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        evaluate(agent, args, Path(args.evaluate).parent)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":
     main()
-# shared: end

@@ -25,6 +25,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -82,8 +83,8 @@ class Args:
     def __post_init__(self):
         if min(self.num_envs, self.eval_episodes, self.checkpoint_interval, *self.hidden_sizes) < 1:
             fail("--num-envs, --eval-episodes, --checkpoint-interval and --hidden-sizes must be at least 1")
-        if not (self.seed >= 0 and 0 < self.learning_rate < np.inf and 0 <= self.gamma <= 1):
-            fail("--seed must not be negative, --learning-rate must be positive, and --gamma from 0 to 1")
+        if not (0 <= self.seed < 200_000 and 0 < self.learning_rate < np.inf and 0 <= self.gamma <= 1):
+            fail("--seed must be from 0 to 199999, --learning-rate positive, and --gamma from 0 to 1")
         for package in ["wandb"] * self.track + ["moviepy"] * self.capture_video:
             if find_spec(package) is None:
                 fail(f"--track and --capture-video need a package: pip install {package}")
@@ -165,27 +166,27 @@ class Agent(nn.Module):
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
         else:
             fail(f"{Path(__file__).name} takes Discrete or float Box actions; no file takes {action_space}")
-        num_features, hidden_sizes = obs_space.shape[0], args.hidden_sizes
         if self.is_image:
             self.encoder = nature_cnn(*self.preprocess(obs_space.low).shape)
             num_features, hidden_sizes = 512, ()
+        else:
+            self.encoder = nn.Identity()
+            num_features, hidden_sizes = obs_space.shape[0], args.hidden_sizes
         self.actor = mlp(num_features, hidden_sizes, num_outputs, 0.01)  # at first nearly uniform, or of mean 0
         self.critic = mlp(num_features, hidden_sizes, 1, 1.0)
 
     def preprocess(self, obs):
-        """Observations (..., *obs_space.shape) as the networks take them: images channels first, vectors scaled."""
-        if self.is_image:
-            channels_last = self.obs_space.shape[2] < self.obs_space.shape[0]
-            return np.moveaxis(obs, -1, -3) if channels_last else obs
-        x = obs.astype(np.float32)
+        """Arrays (..., *obs_space.shape) as the networks take them: float32, bytes in [0, 1], images channels first."""
+        x = obs.astype(np.float32) / (255 if obs.dtype == np.uint8 else 1)
         if self.obs_stats is not None:
             mean, var = self.obs_stats.mean.numpy(force=True), self.obs_stats.var.numpy(force=True)
-            return ((x - mean) / np.sqrt(var + 1e-8)).clip(-10, 10)
-        return x / 255 if obs.dtype == np.uint8 else x
+            x = ((obs - mean) / np.sqrt(var + 1e-8)).clip(-10, 10).astype(np.float32)
+        channels_last = self.is_image and self.obs_space.shape[2] < self.obs_space.shape[0]
+        return np.moveaxis(x, -1, -3) if channels_last else x
 
     def forward(self, x):
         """π(·|s) as a torch distribution, and V(s), shape (B,), of preprocessed observations x."""
-        features = self.encoder(x / 255) if self.is_image else x
+        features = self.encoder(x)
         output = self.actor(features)
         if self.is_discrete:
             policy = Categorical(logits=output, validate_args=False)
@@ -203,7 +204,7 @@ class Agent(nn.Module):
             x = self.preprocess(obs)
             if self.is_image:
                 with torch.inference_mode():
-                    x = self.encoder(torch.as_tensor(x, device=linears[0].weight.device) / 255).numpy(force=True)
+                    x = self.encoder(torch.as_tensor(x, device=linears[0].weight.device)).numpy(force=True)
             for weight, bias in weights[:-1]:
                 x = np.tanh(x @ weight + bias)
             output = x @ weights[-1][0] + weights[-1][1]
@@ -265,6 +266,7 @@ def train(args):
         fail("--num-envs times --num-steps must be from twice --num-minibatches to --total-timesteps")
 
     with Run(args, agent=agent, optimizer=optimizer) as run:
+        optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
         next_obs, _ = envs.reset(seed=seed)
@@ -293,7 +295,7 @@ def train(args):
             with torch.no_grad():
                 policy, b_values = agent(b_x)
                 b_log_probs = policy.log_prob(b_actions)
-                next_values = agent(x[T])[1]
+                next_values = agent.critic(agent.encoder(x[T])).squeeze(-1)
             values = torch.cat([b_values, next_values]).numpy(force=True).reshape(T + 1, N)
             scaled = rewards
             if args.norm_reward:
@@ -306,8 +308,8 @@ def train(args):
             explained_variance = 1 - np.var((returns - values[:T])[valid]) / (np.var(returns[valid]) + 1e-8)
             if args.norm_adv:
                 advantages = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
-            b_advantages = torch.as_tensor(advantages, device=device).flatten()
-            b_returns = torch.as_tensor(returns, device=device).flatten()
+            b_advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device).flatten()
+            b_returns = torch.as_tensor(returns, dtype=torch.float32, device=device).flatten()
 
             # 3. Maximise L over the valid transitions, for K epochs of minibatches.
             if args.anneal_lr:
@@ -365,7 +367,9 @@ def select_device(name):
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
     is_atari = args.env_id.startswith("ALE/")
-    options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
+    options = {"vectorization_mode": "sync" if num_envs == 1 and not is_atari else None}  # None: its own vector form
+    if args.async_envs and not is_atari:
+        options["vectorization_mode"] = "async"
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
@@ -377,7 +381,7 @@ def make_envs(args, num_envs, eval_folder=None):
     try:
         envs = gym.make_vec("ale_py:" * is_atari + args.env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
-        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36 <= space.shape[1]
         if not is_image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
@@ -440,9 +444,12 @@ class Run(AbstractContextManager):
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.episodic_return, self.episodic_length = np.zeros((2, args.num_envs))  # of the episodes under way
         self.returns = []  # of those that have ended
+        self.next_log, self.stopping = 0, False
         self.save()
 
     def log_step(self, rewards, valid, ended):
+        if self.stopping:
+            raise KeyboardInterrupt
         self.global_step += len(rewards)
         self.episodic_return += rewards
         self.episodic_length += valid
@@ -454,10 +461,13 @@ class Run(AbstractContextManager):
 
     def log_update(self, scalars, **inputs):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
-        scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
         for name, values in (inputs | scalars).items():
             if not np.isfinite(values).all():
                 raise FloatingPointError(f"{name} not finite at step {self.global_step}; is --learning-rate too high?")
+        if self.global_step < self.next_log:
+            return
+        self.next_log = self.global_step + self.args.total_timesteps // 1000  # a thousand points make a curve
+        scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.global_step)
         self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}" if self.returns else "", refresh=False)
@@ -467,6 +477,8 @@ class Run(AbstractContextManager):
 
     def save(self):
         """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
+        if not all(x.isfinite().all() for x in self.modules["agent"].state_dict().values()):
+            raise FloatingPointError("a weight is not finite; is --learning-rate too high?")
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
         torch.save(state, self.folder / "checkpoint.tmp")
@@ -476,22 +488,37 @@ class Run(AbstractContextManager):
     def finish(self, agent):
         self.save()
         self.bar.close()
+        for number in self.handlers:
+            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
         for episode, episodic_return in enumerate(evaluate(agent, self.args, self.folder), start=1):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
 
+    def __enter__(self):
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def stop(self, number, frame):
+        self.stopping = True  # `log_step` raises KeyboardInterrupt: elsewhere a lock of the log may be held
+        signal.signal(number, signal.default_int_handler)  # a second one raises it at once
+
     def __exit__(self, error_type, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.bar.close()
-        self.writer.close()
-        if error_type is KeyboardInterrupt:
+        if self.stopping or error_type is KeyboardInterrupt:
             self.save()
-            print(f"stopped; resume with: python {shlex.quote(sys.argv[0])} --resume {self.folder}/checkpoint.pt")
+            print(
+                "stopped; resume with:", shlex.join(["python", sys.argv[0], "--resume", f"{self.folder}/checkpoint.pt"])
+            )
             if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
                 sys.exit(130)
+        self.writer.close()
 
 
 def main():
     sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the current directory
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, as Ctrl-C does
     torch.backends.cudnn.deterministic = True
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
