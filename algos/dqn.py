@@ -38,7 +38,6 @@ import signal
 import sys
 import threading
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -398,7 +397,7 @@ def load_checkpoint(path, **modules):
         fail(f"cannot use {path} as a checkpoint of {Path(__file__).name}: {error}")
 
 
-class Run(AbstractContextManager):
+class Run:
     """A run's folder with log and checkpoint, and its progress bar. modules: what the checkpoint keeps, by name."""
 
     def __init__(self, args, **modules):
@@ -484,9 +483,8 @@ class Run(AbstractContextManager):
         self.bar.close()
         if self.stopping or error_type is KeyboardInterrupt:
             self.save()
-            print(
-                "stopped; resume with:", shlex.join(["python", sys.argv[0], "--resume", f"{self.folder}/checkpoint.pt"])
-            )
+            command = ["python", sys.argv[0], "--resume", f"{self.folder}/checkpoint.pt"]
+            print("stopped; resume with:", shlex.join(command))
             if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
                 sys.exit(130)
         self.writer.close()
