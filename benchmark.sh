@@ -35,9 +35,9 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   # On target-kl: without it ten epochs at 3e-4 moved PPO's HalfCheetah (256-256, first σ e^-2) by a KL of 0.15 a rollout,
   # and threw a policy worth 4,500 onto its back, where it stayed for 150,000 steps.
 
-  experiment reinforce CartPole-v1 400000
-  experiment reinforce CartPole-v1 400000 --exp-name reinforce-reward-to-go --weight reward-to-go
-  experiment reinforce CartPole-v1 400000 --exp-name reinforce-total-return --weight total-return
+  experiment reinforce CartPole-v1 400000 --log-gradient-variance
+  experiment reinforce CartPole-v1 400000 --exp-name reinforce-reward-to-go --weight reward-to-go --log-gradient-variance
+  experiment reinforce CartPole-v1 400000 --exp-name reinforce-total-return --weight total-return --log-gradient-variance
   experiment a2c  CartPole-v1 200000
   experiment ppo  CartPole-v1 60000
   experiment trpo CartPole-v1 100000

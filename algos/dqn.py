@@ -369,7 +369,7 @@ def evaluate(agent, args, folder):
     """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
     envs = make_envs(args, 1, eval_folder=folder)
     act, returns = agent.numpy_policy(), []
-    for episode in tqdm(range(args.eval_episodes), desc="evaluation", leave=False):
+    for episode in tqdm(range(args.eval_episodes), desc="evaluation"):
         obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + episode)
         returns.append(0.0)
         for _ in range(27_000):  # half an hour of Atari

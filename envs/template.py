@@ -1,36 +1,13 @@
 """The environment to copy when you write your own: a point in a square that must reach a goal.
 
-Try it (from the root of the repository):
-
     python envs/template.py                                           # check it against Gymnasium's rules
     python algos/ppo.py --env-id envs.template:Template-v0            # Discrete actions: push in 4 directions
     python algos/ppo.py --env-id envs.template:TemplateContinuous-v0  # Box actions: push with any force
 
-Write your own, in this order:
-
-1. Copy:        cp envs/template.py my_env.py, then rename the class and the ids at the end of the file.
-2. Spaces:      in `__init__`, say what the agent sees (`observation_space`) and what it can do (`action_space`).
-3. Observation: `_get_observation` returns all that the next state depends on: here the velocity, not only the position.
-4. Dynamics:    `reset` draws a first state, `step` moves the state on by one action.
-5. Reward:      `_compute_reward` says how good the step was. Where chance rarely finds the goal, pay for progress too.
-6. Done:        `_get_done` says whether the episode is over, and which of the two ways it ended (see below).
-7. Register:    the last lines give the class its ids. `module:Id` imports the module first, from the current folder.
-8. Check:       python my_env.py runs Gymnasium's checker. Read its warnings: each one is a bug in waiting.
-9. Train:       python algos/ppo.py --env-id my_env:MyEnv-v0
-
-Traps, and the way through:
-
-- Observations must match their space exactly: shape, bounds and dtype. numpy computes in float64, a space is float32.
-  Return a new array each time: the learner keeps the old ones.
-- Draw every random number from `self.np_random`, after `super().reset(seed=seed)`. Then a seed repeats an episode.
-- `terminated` and `truncated` both end an episode, but they mean different things to the learner.
-  terminated: this state is an end. No reward can follow, so the value of what comes next is zero.
-  truncated:  the clock ran out in an ordinary state. The learner adds the value it estimates there (it bootstraps).
-  A time limit reported as `terminated` teaches that good states are suddenly worth nothing.
-  (Gymnasium can keep the clock for you: `gym.register(..., max_episode_steps=100)`. Then always return False for it.)
-- Scale observations and rewards to about 1. Networks start out with outputs of that size.
-- Box actions may have any bounds: the algorithm files work in [-1, 1] and rescale each axis to its own bounds.
-  Clip them in `step` all the same: not every caller does.
+To write your own: copy this file, rename the class and the ids at its end; say in `__init__` what the agent sees and
+what it can do; then write `reset` (a first state), `step` (the next one), the reward and the end of an episode. Scale
+observations and rewards to about 1, and pay for progress where chance rarely finds the goal. Run your file to check it
+(each warning is a bug in waiting), then train: python algos/ppo.py --env-id my_env:MyEnv-v0
 """
 
 import math
@@ -83,7 +60,9 @@ class TemplateEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Begin an episode; returns (observation, info). `options` is part of Gymnasium's interface and unused here."""
-        super().reset(seed=seed)  # seeds self.np_random
+        super().reset(
+            seed=seed
+        )  # seeds self.np_random: draw every random number from it, and a seed repeats an episode
         self.steps = 0
         self.velocity = np.zeros(2)
         self.distance = 0.0
@@ -96,7 +75,7 @@ class TemplateEnv(gym.Env):
 
     def step(self, action: int | np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Move on by one step; returns (observation, reward, terminated, truncated, info)."""
-        push = np.clip(action, -1.0, 1.0) if self.continuous else DIRECTIONS[action]
+        push = np.clip(action, -1.0, 1.0) if self.continuous else DIRECTIONS[action]  # not every caller clips
         old_position, old_distance = self.position, self.distance
 
         velocity = self.velocity + RESPONSE * (MAX_SPEED * push - self.velocity)
@@ -106,33 +85,26 @@ class TemplateEnv(gym.Env):
         self.steps += 1
         self.trail.append(self.position)
 
-        terminated, truncated = self._get_done()
-        reward = self._compute_reward(old_distance)
+        # Both end an episode. After `terminated` no reward can follow, so the learner takes what comes next as worth
+        # zero; `truncated` says that the clock ran out in an ordinary state, whose value the learner estimates. A time
+        # limit reported as `terminated` teaches that good states are suddenly worth nothing.
+        terminated = self.distance <= GOAL_RADIUS
+        truncated = not terminated and self.steps >= self.time_limit
+        # Over an episode the progress adds up to (first distance - last distance): detours and circles earn nothing.
+        reward = old_distance - self.distance - STEP_COST + (GOAL_BONUS if terminated else 0.0)
         return self._get_observation(), reward, terminated, truncated, self._get_info()
 
     def _get_observation(self) -> np.ndarray:
-        """What the agent sees, float32 of shape (6,): all that the next state depends on, scaled to [-1, 1]."""
+        """What the agent sees, float32 of shape (6,): all that the next state depends on, scaled to [-1, 1].
+
+        A new array each time, for the learner keeps the old ones, and of the space's dtype: NumPy computes in float64.
+        """
         parts = (self.position, self.velocity / MAX_SPEED, (self.goal - self.position) / 2)
         return np.concatenate(parts, dtype=np.float32)
 
-    def _compute_reward(self, old_distance: float) -> float:
-        """How good the step was that changed the distance from `old_distance` to `self.distance`."""
-        # Over an episode the differences add up to (first distance - last distance): detours and circles earn nothing.
-        progress = old_distance - self.distance
-        return progress - STEP_COST + (GOAL_BONUS if self._at_goal() else 0.0)
-
-    def _get_done(self) -> tuple[bool, bool]:
-        """Whether the episode is over, as (terminated, truncated): by the task itself, or by the clock."""
-        terminated = self._at_goal()
-        truncated = not terminated and self.steps >= self.time_limit
-        return terminated, truncated
-
     def _get_info(self) -> dict:
         """Facts for logs and tests. The agent never sees them."""
-        return {"distance": self.distance, "is_success": self._at_goal()}
-
-    def _at_goal(self) -> bool:
-        return self.distance <= GOAL_RADIUS
+        return {"distance": self.distance, "is_success": self.distance <= GOAL_RADIUS}
 
     def render(self) -> np.ndarray | None:
         """Draw the state; returns uint8 of shape (FRAME_SIZE, FRAME_SIZE, 3). Needs no display."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tyro
 from conftest import ROOT, load, run_inside
 from torch.utils.tensorboard import SummaryWriter
 
@@ -65,7 +66,10 @@ def test_the_list_is_complete_and_its_flags_exist(fake, monkeypatch):
         _, script, *flags = command.split()
         monkeypatch.setattr("sys.argv", [script, *flags])
         module = load(ROOT / script)
-        args, defaults = module.parse_args(), module.Args()  # refuses unknown flags, and budgets of less than an update
+        args, defaults = (
+            tyro.cli(module.Args),
+            module.Args(),
+        )  # refuses unknown flags, and budgets of less than an update
         given = {name.replace("-", "_") for name in re.findall(r"--(?:no-)?([a-z-]+)", command)}
         for name in given - {"env_id", "total_timesteps", "seed"}:
             assert getattr(args, name) != getattr(defaults, name), command
@@ -155,7 +159,7 @@ def test_a_real_run_that_is_cut_goes_on_and_is_reported(tmp_path):
     assert process.returncode == 130
     assert "stopping" in output
     (log,) = tmp_path.glob("runs/*/log.txt")
-    assert "stopped (step" in log.read_text()
+    assert "stopped; resume with" in log.read_text()
 
     result = subprocess.run([ROOT / "benchmark.sh"], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -268,7 +272,11 @@ def test_report_leaves_out_runs_that_are_not_finished(tmp_path):
 def test_the_report_reads_what_a_training_writes(tmp_path):
     """The curve of a real log is made of its episodes, and the evaluation is the printed one."""
     folder = tmp_path / "runs"
-    result = run_inside(ROOT / "algos/reinforce.py", "--total-timesteps 2000 --num-envs 2 --log-dir runs", tmp_path)
+    result = run_inside(
+        ROOT / "algos/reinforce.py",
+        "--total-timesteps 2000 --num-envs 2 --log-dir runs --log-gradient-variance",
+        tmp_path,
+    )
     curve, evaluation = report.read_run(next(folder.iterdir()))
     assert f"mean_return={evaluation.mean():.2f}" in result.check().out
     assert curve.notna().to_numpy()[5:].all()
