@@ -51,7 +51,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of actor and critic; none: linear (images: always 512)
     log_std_init: float = 0.0  # initial log σ of the Gaussian policy; 0: σ is half the range of each action
     learning_rate: float = 3e-3  # step size of RMSprop
-    anneal_lr: bool = True  # lower the learning rate linearly to 0 at the last of the total timesteps
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the total timesteps
     gamma: float = 0.98  # discount γ
     gae_lambda: float = 1.0  # λ of GAE: 0 is the one-step TD error, 1 the Monte-Carlo return with bootstrap
     norm_adv: bool = False  # standardise the advantages of each rollout
@@ -302,7 +302,8 @@ def train(args):
 
             # 3. Maximise L over the valid transitions, by one step.
             if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.global_step / args.total_timesteps)
+                share = (run.global_step - T * N) / args.total_timesteps  # of the training before this rollout
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - share)
             i = torch.as_tensor(np.flatnonzero(valid), device=device)
             batch = b_log_probs[i], policy.entropy()[i], b_values[i], b_advantages[i], b_returns[i]
             loss, policy_loss, value_loss, entropy = a2c_loss(*batch, args)

@@ -50,7 +50,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of actor and critic; none: linear (images: always 512)
     log_std_init: float = 0.0  # initial log σ of the Gaussian policy; 0: σ is half the range of each action
     learning_rate: float = 2e-3  # step size of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly to 0 at the last of the total timesteps
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the total timesteps
     gamma: float = 0.98  # discount γ
     gae_lambda: float = 0.8  # λ of GAE: 0 is the one-step TD error, 1 the Monte-Carlo return with bootstrap
     update_epochs: int = 10  # K epochs over each rollout
@@ -312,7 +312,8 @@ def train(args):
 
             # 3. Maximise L over the valid transitions, for K epochs of minibatches.
             if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.global_step / args.total_timesteps)
+                share = (run.global_step - T * N) / args.total_timesteps  # of the training before this rollout
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - share)
             for _ in range(args.update_epochs):
                 order = torch.as_tensor(rng.permutation(np.flatnonzero(valid)), device=device)
                 log_ratios = []

@@ -51,7 +51,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of actor and critic; none: linear (images: always 512)
     log_std_init: float = 0.0  # initial log σ of the Gaussian policy; 0: σ is half the range of each action
     learning_rate: float = 5e-3  # step size of Adam, for the policy and for V
-    anneal_lr: bool = True  # lower the learning rate linearly to 0 at the last of the total timesteps
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the total timesteps
     gamma: float = 0.99  # discount γ
     weight: Literal["total-return", "reward-to-go", "baseline"] = "baseline"  # Φ, the weight of ∇ log π
     norm_weight: bool = False  # standardise Φ over each update: helps all three on CartPole, but biases g a little

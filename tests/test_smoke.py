@@ -179,9 +179,8 @@ def test_learning_rate_of_a_resumed_run(cli):
     trained = cli(PPO, small(PPO, "--learning-rate 0.5")).check()
     cli(PPO, f"--resume {trained.folder}/checkpoint.pt --total-timesteps 128").check()
     rates = dict(read_events(trained.folder)["charts/learning_rate"])
-    assert rates == {n: 0.5 * (1 - n / 64) for n in (16, 32, 48, 64)} | {
-        n: 0.5 * (1 - n / 128) for n in (80, 96, 112, 128)
-    }
+    short = {n: 0.5 * (1 - (n - 16) / 64) for n in (16, 32, 48, 64)}  # of the rollout that ends at step n
+    assert rates == short | {n: 0.5 * (1 - (n - 16) / 128) for n in (80, 96, 112, 128)}
 
 
 def test_kwargs_of_the_environment(cli):

@@ -1,0 +1,583 @@
+"""What the four policy gradients share: their equations against slow computations, and what they learn on tiny worlds.
+
+`watch` shows the batches of a run. An observation of Trace-v0 says which step of which environment it is, so that a
+test can tell what a batch should be about, and compute from the environment's own log what it should contain.
+"""
+
+import copy
+import dataclasses
+from itertools import groupby
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import read_events
+from gymnasium import spaces
+from torch import nn
+from torch.nn.utils import parameters_to_vector
+
+from algos import a2c, ppo, reinforce, trpo
+from tests.tiny_envs import Trace
+
+INF = np.inf
+VECTOR, IMAGE = spaces.Box(-INF, INF, (3,)), spaces.Box(0, 255, (40, 36, 3), np.uint8)
+MODULES = (a2c, ppo, reinforce, trpo)
+SMALL = dict(num_envs=4, num_steps=16, total_timesteps=5 * 64, eval_episodes=1, device="cpu", hidden_sizes=(8,))
+SMALL |= dict(update_epochs=2, num_minibatches=3, critic_updates=2, cg_iters=5)
+
+
+def each(*modules):
+    """Parametrise a test over these algorithms."""
+    return pytest.mark.parametrize("module", modules, ids=lambda module: module.__name__.split(".")[-1])
+
+
+def make_agent(obs_space=VECTOR, action_space=None, module=ppo, **args):
+    """An agent whose outputs differ from observation to observation (a fresh one has nearly constant ones)."""
+    torch.manual_seed(0)
+    agent = module.Agent(obs_space, action_space or spaces.Discrete(3), module.Args(**args))
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return agent
+
+
+def policy_of(agent):
+    return [x for name, x in agent.named_parameters() if not name.startswith("critic")]
+
+
+def train(module, env, log_dir, **args):
+    """Train on that tiny environment: 4 of them, 16 steps a rollout and 5 rollouts, unless told otherwise."""
+    Trace.log.clear()
+    args = SMALL | {"env_id": f"tests.tiny_envs:{env}", "log_dir": str(log_dir)} | args
+    own = {field.name for field in dataclasses.fields(module.Args)}
+    return module.train(module.Args(**{name: value for name, value in args.items() if name in own}))
+
+
+def logged(log_dir):
+    """The points (step, value) of each tag of the only run in that folder."""
+    (folder,) = log_dir.iterdir()
+    return read_events(folder)
+
+
+def played(num_steps=16):
+    """The training steps in Trace's log by (env, episode, step), each with its rollout and the list of what follows."""
+    steps = {}
+    for env, timeline in groupby(sorted(step for step in Trace.log if step.env < 10**6), key=lambda step: step.env):
+        t, timeline = 0, list(timeline)
+        for k, step in enumerate(timeline):
+            more = dict(rollout=t // num_steps, future=timeline[k:], past=timeline[k - step.step : k + 1])
+            steps[env, step.episode, step.step] = SimpleNamespace(**step._asdict(), **more)
+            t += 2 if step.terminated or step.truncated else 1  # the step after an end only resets
+    return steps
+
+
+def keys(x):
+    return [tuple(map(int, row)) for row in x]
+
+
+def value_of(agent, x):
+    with torch.no_grad():
+        return agent(torch.as_tensor(np.array(x), dtype=torch.float32))[1].numpy()
+
+
+def watch(module, patch):
+    """A record of each batch of the run: (a copy of) the agent before, x, and what goes with x, in the same order."""
+    batches, inputs = [], []
+
+    def see(agent, x, **batch):
+        assert not any(y.requires_grad for y in batch.values() if y is not None), "the data of a rollout are constants"
+        batches.append(SimpleNamespace(agent=copy.deepcopy(agent), x=x.clone(), **batch))
+
+    if module is ppo:
+        original = ppo.ppo_loss
+
+        def spy(agent, x, actions, old_log_probs, advantages, returns, args):
+            see(agent, x, actions=actions, old_log_probs=old_log_probs, advantages=advantages, returns=returns)
+            results = original(agent, x, actions, old_log_probs, advantages, returns, args)
+            return keep_gradient(agent, results)
+
+        patch.setattr(ppo, "ppo_loss", spy)
+    if module is a2c:
+        original, forward = a2c.a2c_loss, a2c.Agent.forward
+
+        def spy_on_forward(agent, x):
+            inputs.append((agent, x))
+            return forward(agent, x)
+
+        def spy(log_probs, entropy, values, advantages, returns, args):
+            agent, x = inputs[-1]
+            real = {(step.env, step.episode, step.step) for step in Trace.log}
+            x = x[[key in real for key in keys(x)]] if Trace.log else x
+            see(agent, x, advantages=advantages, returns=returns)
+            batches[-1].log_probs, batches[-1].entropy, batches[-1].values = log_probs, entropy, values
+            return keep_gradient(agent, original(log_probs, entropy, values, advantages, returns, args))
+
+        patch.setattr(a2c.Agent, "forward", spy_on_forward)
+        patch.setattr(a2c, "a2c_loss", spy)
+    if module is trpo:
+        step = trpo.trust_region_step
+
+        def spy(agent, parameters, x, actions, advantages, args):
+            see(agent, x, actions=actions, advantages=advantages)
+            batches[-1].scalars = step(agent, parameters, x, actions, advantages, args)
+            batches[-1].after = copy.deepcopy(agent)
+            return batches[-1].scalars
+
+        patch.setattr(trpo, "trust_region_step", spy)
+    if module is reinforce:
+        loss = reinforce.reinforce_loss
+
+        def spy(agent, x, actions, weights, num_episodes):
+            if num_episodes > 1:  # else it is from the gradient's variance
+                see(agent, x, actions=actions, advantages=weights)
+                batches[-1].num_episodes = num_episodes
+            return loss(agent, x, actions, weights, num_episodes)
+
+        patch.setattr(reinforce, "reinforce_loss", spy)
+    if module in (trpo, reinforce):
+        fit = module.fit_critic
+
+        def spy_on_fit(agent, optimizer, x, returns, rng, args):
+            assert torch.equal(x, batches[-1].x)
+            batches[-1].returns = returns
+            batches[-1].value_loss = fit(agent, optimizer, x, returns, rng, args)
+            batches[-1].fitted = copy.deepcopy(agent)
+            return batches[-1].value_loss
+
+        patch.setattr(module, "fit_critic", spy_on_fit)
+
+    def keep_gradient(agent, results):
+        gradients = torch.autograd.grad(results[0], list(agent.parameters()), retain_graph=True)
+        batches[-1].gradient = parameters_to_vector(gradients)
+        batches[-1].losses = [float(x) for x in results[:4]]
+        return results
+
+    return batches
+
+
+def watch_optimizers(patch):
+    """The learning rate and the gradient of every step of Adam and RMSprop."""
+    steps = []
+    for name in ("Adam", "RMSprop"):
+
+        class Spy(getattr(torch.optim, name)):
+            def step(self):
+                (group,) = self.param_groups
+                gradient = parameters_to_vector([x.grad for x in group["params"]])
+                steps.append(SimpleNamespace(lr=group["lr"], gradient=gradient))
+                super().step()
+
+        patch.setattr(torch.optim, name, Spy)
+    return steps
+
+
+# ---- equations
+
+
+@each(a2c, ppo, trpo)
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+def test_gae_is_the_sum_of_its_definition(module, gamma, gae_lambda):
+    rng, T, N = np.random.default_rng(0), 40, 3
+    rewards, values = rng.normal(size=(T, N)), rng.normal(size=(T + 1, N))
+    terminated, truncated = rng.random((2, T, N)) < 0.15
+    terminated[10, 0] = truncated[10, 0] = terminated[-1, 1] = truncated[-1, 2] = True
+    terminated[-1, 2] = truncated[-1, 1] = terminated[-1, 0] = truncated[-1, 0] = False
+    advantages, returns = module.compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda)
+    for t, n in np.ndindex(T, N):
+        expected = 0.0
+        for k in range(t, T):
+            next_value = 0.0 if terminated[k, n] else values[k + 1, n]
+            expected += (gamma * gae_lambda) ** (k - t) * (rewards[k, n] + gamma * next_value - values[k, n])
+            if terminated[k, n] or truncated[k, n]:
+                break
+        assert advantages[t, n] == pytest.approx(expected)
+        assert returns[t, n] == pytest.approx(expected + values[t, n])
+
+
+def test_ppo_loss():
+    """Ratios on both sides of the clipped range and within, with advantages of both signs."""
+    agent, args = make_agent(), ppo.Args(clip_coef=0.2, vf_coef=0.3, ent_coef=0.7)
+    x, actions = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    ratio, A = torch.tensor([0.5, 0.9, 1.5, 0.5, 1.1, 1.5]), torch.tensor([1.0, 2.0, 3.0, -4.0, -5.0, -6.0])
+    objective = torch.tensor([0.5, 1.8, 1.2 * 3, 0.8 * -4, -5.5, -9.0])
+    policy, values = agent(x)
+    returns = torch.randn(6)
+    batch = x, actions, policy.log_prob(actions).detach() - ratio.log(), A, returns
+    loss, policy_loss, value_loss, entropy, log_ratio = ppo.ppo_loss(agent, *batch, args)
+    torch.testing.assert_close(log_ratio, ratio.log())
+    torch.testing.assert_close(policy_loss, -objective.mean())
+    torch.testing.assert_close(value_loss, ((values - returns) ** 2).mean())
+    torch.testing.assert_close(entropy, -(policy.probs * policy.probs.log()).sum(-1).mean())
+    torch.testing.assert_close(loss, policy_loss + 0.3 * value_loss - 0.7 * entropy)
+
+
+def test_a2c_loss():
+    log_probs, entropies, values, A, returns = torch.randn(5, 7)
+    args = a2c.Args(vf_coef=0.3, ent_coef=0.7)
+    loss, policy_loss, value_loss, entropy = a2c.a2c_loss(log_probs, entropies, values, A, returns, args)
+    torch.testing.assert_close(policy_loss, -(log_probs * A).mean())
+    torch.testing.assert_close(value_loss, ((values - returns) ** 2).mean())
+    torch.testing.assert_close(entropy, entropies.mean())
+    torch.testing.assert_close(loss, policy_loss + 0.3 * value_loss - 0.7 * entropy)
+
+
+def test_running_mean_and_variance_are_those_of_all_rows():
+    rng = np.random.default_rng(0)
+    for shape in ((), (3,)):
+        stats = ppo.RunningMeanStd(*shape)
+        batches = [rng.normal(9 * k, 1 + k, (size, *shape)) for k, size in enumerate((200, 1, 50, 7))]
+        for batch in batches:
+            stats.update(batch)
+        rows = np.concatenate(batches)
+        np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-4)
+        np.testing.assert_allclose(stats.var, rows.var(0), rtol=1e-4)
+
+
+# ---- the agent, the same text in all four files
+
+
+def test_discrete_actions_follow_the_softmax_and_without_rng_are_the_most_likely():
+    agent, obs = make_agent(action_space=spaces.Discrete(4)), np.ones((40_000, 3), np.float32)
+    probabilities = agent(torch.ones(1, 3))[0].probs[0].detach().numpy()
+    frequencies = np.bincount(agent.numpy_policy(np.random.default_rng(0))(obs), minlength=4) / len(obs)
+    chi_square = (len(obs) * (frequencies - probabilities) ** 2 / probabilities).sum()
+    assert chi_square < 16.3  # three degrees of freedom: exceeded by chance once in a thousand
+    assert (agent.numpy_policy()(obs) == probabilities.argmax()).all()
+
+
+def test_box_actions_follow_the_gaussian_and_without_rng_are_its_mean():
+    agent, obs = make_agent(action_space=spaces.Box(-1, 1, (3,)), log_std_init=-1.5), np.ones((40_000, 3), np.float32)
+    assert ppo.Agent(VECTOR, spaces.Box(-9, 9, (1,)), ppo.Args(log_std_init=-1.5)).log_std.tolist() == [-1.5]
+    policy, _ = agent(torch.ones(1, 3))
+    mean, std = policy.mean[0].detach(), policy.stddev[0].detach()
+    torch.testing.assert_close(std, agent.log_std.exp())
+    z = (torch.as_tensor(agent.numpy_policy(np.random.default_rng(0))(obs)) - mean) / std
+    torch.testing.assert_close(z.mean(0), torch.zeros(3), atol=0.02, rtol=0)
+    torch.testing.assert_close(z.T.cov(), torch.eye(3), atol=0.03, rtol=0)
+    torch.testing.assert_close(torch.as_tensor(agent.numpy_policy()(obs[:1]))[0], mean)
+
+
+@pytest.mark.parametrize("obs_space", [VECTOR, IMAGE])
+@pytest.mark.parametrize("hidden_sizes", [(), (16, 8, 8)])
+@pytest.mark.parametrize("norm_obs", [False, True])
+def test_numpy_and_torch_agree(obs_space, hidden_sizes, norm_obs):
+    if norm_obs and obs_space == IMAGE:
+        pytest.skip("refused")
+    agent = make_agent(obs_space, spaces.Box(-1, 1, (2,)), hidden_sizes=hidden_sizes, norm_obs=norm_obs)
+    if norm_obs:
+        agent.obs_stats.update(np.random.default_rng(0).normal(50, 100, (20, 3)))
+    obs = np.stack([obs_space.sample() for _ in range(6)])
+    expected = agent(torch.as_tensor(agent.preprocess(obs)))[0].mean.detach().numpy()
+    np.testing.assert_allclose(agent.numpy_policy()(obs), expected, rtol=1e-3, atol=1e-4)
+    assert len([layer for layer in agent.actor if isinstance(layer, nn.Linear)]) == (
+        1 if obs_space == IMAGE else len(hidden_sizes) + 1
+    )
+
+
+def test_preprocessing():
+    agent = make_agent(norm_obs=True)
+    agent.obs_stats.mean[:], agent.obs_stats.var[:] = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 4.0, 9.0])
+    obs = np.array([[2, 4, 6], [0, 0, -3], [1e6, -1e6, 32.9]])
+    np.testing.assert_allclose(agent.preprocess(obs), [[1, 1, 1], [-1, -1, -2], [10, -10, 29.9 / 3]], rtol=1e-6)
+    picture = IMAGE.sample()[None]
+    first = spaces.Box(0, 255, (3, 40, 36), np.uint8)
+    expected = picture.transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(make_agent(IMAGE).preprocess(picture), expected / 255, rtol=1e-6)
+    np.testing.assert_allclose(make_agent(first).preprocess(expected), expected / 255, rtol=1e-6)
+
+
+@pytest.mark.parametrize("obs_space", [VECTOR, IMAGE])
+def test_weights_start_orthogonal_and_only_features_are_shared(obs_space):
+    agent = ppo.Agent(obs_space, spaces.Discrete(4), ppo.Args(hidden_sizes=(32, 16)))
+    gains = {agent.actor[-1]: 0.01, agent.critic[-1]: 1.0}
+    for layer in (layer for layer in agent.modules() if isinstance(layer, nn.Linear | nn.Conv2d)):
+        weight = layer.weight.flatten(1)
+        weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
+        gram = gains.get(layer, 2**0.5) ** 2 * torch.eye(len(weight))
+        torch.testing.assert_close(weight @ weight.T, gram, atol=1e-4, rtol=1e-4)
+        assert not layer.bias.any()
+    policy, values = agent(torch.as_tensor(agent.preprocess(np.ones((2, *obs_space.shape), obs_space.dtype))))
+    names, parameters = zip(*agent.named_parameters(), strict=True)
+    for y, other in ((policy.logits[:, 0].sum(), "critic"), (values.sum(), "actor")):
+        gradients = torch.autograd.grad(y, parameters, allow_unused=True, retain_graph=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            assert (gradient is None) == name.startswith(other), name
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("low", "high", "actions", "expected"),
+    [
+        ([2, -300], [6, -100], [[-1, -1], [0, 0], [1, 1], [0.5, -0.5]], [[2, -300], [4, -200], [6, -100], [5, -250]]),
+        ([2, -300], [6, -100], [[-9, 9], [1.01, -1.01]], [[2, -100], [6, -300]]),  # clipped
+        ([-INF, 0, -INF], [INF, INF, 5], [[-70, -2, 70], [3, 4, -5]], [[-70, 0, 5], [3, 4, -5]]),  # own units
+        (2, 4, [[-1], [0], [3]], [2, 3, 4]),  # no axes: one number
+        ([[0, 0, 0], [-2, -2, -2]], [[2, 4, 6], [0, 0, 0]], [[-1, 0, 1, -1, 0, 1]], [[[0, 2, 6], [-2, -1, 0]]]),
+    ],
+)
+def test_box_actions_are_scaled_to_the_bounds_of_each_axis(low, high, actions, expected, dtype):
+    space = spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
+    sent = make_agent(action_space=space).to_env(np.array(actions, np.float32))
+    np.testing.assert_allclose(sent, np.array(expected, dtype))
+    assert sent.dtype == dtype
+
+
+# ---- what train() learns from
+
+
+def reward_scale(steps, rollout, gamma):
+    """The standard deviation of the discounted sums of rewards at every step up to this rollout."""
+    sums = []
+    for step in steps.values():
+        if step.rollout <= rollout:
+            sums.append(sum(gamma**k * past.reward for k, past in enumerate(reversed(step.past))))
+    return np.std(sums)
+
+
+def slow_advantages(agent, steps, rollout, gamma, gae_lambda, scale):
+    """GAE, and the return, of each step of the rollout."""
+    result = {}
+    mine = [key for key, step in steps.items() if step.rollout == rollout]
+    states = [*mine, *((env, episode, t + 1) for env, episode, t in mine)]
+    values = dict(zip(states, value_of(agent, states), strict=True))
+    for env, episode, t in mine:
+        total = 0.0
+        for k, step in enumerate(steps[env, episode, t].future):
+            if step.episode != episode or steps[env, episode, step.step].rollout != rollout:
+                break
+            reward = np.clip(step.reward / scale, -10, 10) if scale else step.reward
+            next_value = (not step.terminated) * values[env, episode, t + k + 1]
+            total += (gamma * gae_lambda) ** k * (reward + gamma * next_value - values[env, episode, t + k])
+        result[env, episode, t] = total, total + values[env, episode, t]
+    return result
+
+
+@each(a2c, ppo, trpo)
+@pytest.mark.parametrize(
+    ("env", "args"),
+    [
+        ("Trace-v0", dict(num_steps=17)),
+        ("Trace-v0", dict(gae_lambda=1.0, norm_adv=True)),
+        ("PaidResets-v0", dict(norm_reward=True)),
+        ("Jackpot-v0", dict(norm_reward=True)),  # the jackpot is clipped
+    ],
+)
+def test_batches(module, env, args, monkeypatch, tmp_path):
+    """Each transition is in each epoch once, resets are in none, and all that goes with it is its own."""
+    batches, gamma, T = watch(module, monkeypatch), 0.9, args.get("num_steps", 16)
+    args = dict(norm_adv=False, gae_lambda=0.7, gamma=gamma, learning_rate=1e-3) | args
+    train(module, env, tmp_path, total_timesteps=8 * 4 * T, **args)
+    steps = played(T)
+    if module is ppo:
+        assert [len(batch.x) for batch in batches[0:3]] == [
+            len(x) for x in np.array_split(np.arange(sum(len(batch.x) for batch in batches[:3])), 3)
+        ]
+        merged = []
+        for k in range(0, len(batches), 3):  # the three minibatches of an epoch
+            names = ("x", "actions", "old_log_probs", "advantages", "returns")
+            parts = {name: torch.cat([getattr(batch, name) for batch in batches[k : k + 3]]) for name in names}
+            merged.append(SimpleNamespace(agent=batches[k - k % 6].agent, **parts))
+        assert keys(merged[0].x) != keys(merged[1].x), "the order is new in each epoch"
+        batches = merged
+    epochs = 2 if module is ppo else 1
+    assert len(batches) == 8 * epochs
+    for k, batch in enumerate(batches):
+        rollout, order = k // epochs, keys(batch.x)
+        scale = reward_scale(steps, rollout, gamma) if args.get("norm_reward") else None
+        expected = slow_advantages(batch.agent, steps, rollout, gamma, args["gae_lambda"], scale)
+        assert sorted(order) == sorted(expected)
+        advantages, returns = np.array([expected[key] for key in order]).T
+        if args["norm_adv"]:
+            advantages = (advantages - advantages.mean()) / advantages.std()
+        np.testing.assert_allclose(batch.advantages, advantages, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(batch.returns, returns, rtol=1e-3, atol=1e-3)
+        actions = torch.tensor([steps[key].action for key in order])
+        if module is not a2c:
+            assert torch.equal(batch.actions, actions)
+        policy, values = batch.agent(batch.x)
+        if module is ppo:
+            torch.testing.assert_close(batch.old_log_probs, policy.log_prob(actions).detach())
+        if module is a2c:
+            torch.testing.assert_close(batch.log_probs, policy.log_prob(actions))
+            torch.testing.assert_close(batch.entropy, policy.entropy())
+            torch.testing.assert_close(batch.values, values)
+        if not args["norm_adv"] and k % epochs == 0:
+            explained = 1 - np.var(returns - values.detach().numpy()) / np.var(returns)
+            point = logged(tmp_path)["losses/explained_variance"][rollout]
+            assert point == ((rollout + 1) * 4 * T, pytest.approx(explained, rel=1e-2, abs=1e-3))
+
+
+@each(a2c, ppo)
+def test_logged_losses_and_clipped_gradients(module, monkeypatch, tmp_path):
+    for clipped, max_grad_norm in ((True, 1e-3), (False, 1e9)):
+        with monkeypatch.context() as patch:
+            steps, batches = watch_optimizers(patch), watch(module, patch)
+            folder = tmp_path / str(clipped)
+            train(module, "Trace-v0", folder, max_grad_norm=max_grad_norm, update_epochs=1, num_minibatches=1)
+        assert len(steps) == len(batches) == 5
+        for k, (step, batch) in enumerate(zip(steps, batches, strict=True)):
+            norm = batch.gradient.norm()
+            assert (norm > max_grad_norm) == clipped
+            expected = batch.gradient * min(1, max_grad_norm / norm)
+            torch.testing.assert_close(step.gradient, expected, rtol=1e-3, atol=1e-7)
+            for name, value in zip(("policy_loss", "value_loss", "entropy"), batch.losses[1:], strict=True):
+                assert logged(folder)[f"losses/{name}"][k][1] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+@each(*MODULES)
+@pytest.mark.parametrize("anneal_lr", [True, False])
+def test_learning_rate(module, anneal_lr, monkeypatch, tmp_path):
+    """It falls linearly to zero, or stays (TRPO's is the critic's and always stays)."""
+    steps = watch_optimizers(monkeypatch)
+    train(module, "Trace-v0", tmp_path, learning_rate=0.01, anneal_lr=anneal_lr)
+    points = logged(tmp_path)["charts/learning_rate"]
+    before = [0, *(x for x, _ in points[:-1])]  # environment steps before each update
+    assert module is reinforce or before == [0, 64, 128, 192, 256]
+    rates = [0.01 * (1 - x / 320 if anneal_lr and module is not trpo else 1) for x in before]
+    per_update = {a2c: 1, ppo: 6, reinforce: 7, trpo: 6}[module]  # epochs times minibatches, and reinforce's policy
+    assert [step.lr for step in steps] == pytest.approx(np.repeat(rates, per_update).tolist())
+    assert [y for _, y in points] == pytest.approx(rates)
+
+
+@each(*MODULES)
+def test_observation_statistics(module, monkeypatch, tmp_path):
+    """They are those of the transitions learned from, and constant from the first step of a rollout to its update."""
+    uses, original, batches = [], module.Agent.preprocess, watch(module, monkeypatch)
+
+    def spy(agent, obs):
+        if agent.obs_stats is not None:
+            uses.append(agent.obs_stats.mean[2].item())
+        return original(agent, obs)
+
+    monkeypatch.setattr(module.Agent, "preprocess", spy)
+    agent = train(module, "Trace-v0", tmp_path, norm_obs=True)
+    steps, rows, expected = played(), [], [0.0]
+    if module is reinforce:
+        groups = [list(group) for _, group in groupby(keys(steps), key=lambda key: (key[0] - 1) // 4)]
+        starts = sorted({key[0] for key in steps})[::4]
+        groups = [[k for k in steps if start <= k[0] < start + 4 and k[1] == 0] for start in starts][: len(batches)]
+    else:
+        groups = [[key for key, step in steps.items() if step.rollout == rollout] for rollout in range(5)]
+    for group in groups:
+        rows += group
+        expected.append(np.mean(rows, 0)[2])
+    means = [(mean, len(list(group))) for mean, group in groupby(uses)]
+    assert [mean for mean, _ in means] == pytest.approx(expected, rel=1e-4)
+    if module is not reinforce:  # a preprocessing for each step, one for the update, and one before all
+        assert [number for _, number in means[:-1]] == [18, 17, 17, 17, 17]
+    np.testing.assert_allclose(agent.obs_stats.mean, np.mean(rows, 0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(agent.obs_stats.var, np.var(rows, 0), rtol=1e-4, atol=1e-4)
+
+
+@each(*MODULES)
+def test_the_actions_learned_from_are_those_before_they_are_clipped(module, monkeypatch, tmp_path):
+    chosen, used, to_env = [], [], module.Agent.to_env
+
+    class Spy(module.Independent):
+        def log_prob(self, value):
+            used.append(value)
+            return super().log_prob(value)
+
+    def spy(agent, actions):
+        chosen.append(actions)
+        return to_env(agent, actions)
+
+    monkeypatch.setattr(module, "Independent", Spy)
+    monkeypatch.setattr(module.Agent, "to_env", spy)
+    train(module, "Target-v0", tmp_path)
+    used = torch.cat(used).numpy()
+    assert {*map(tuple, used.tolist())} <= {*map(tuple, np.concatenate(chosen).tolist())}
+    assert (np.abs(used[:, :2]) > 1).any(0).all()
+    assert used.std(0) == pytest.approx(np.ones(3), abs=0.5)
+
+
+def test_ratios_are_1_in_the_first_epoch_of_ppo_and_the_target_kl_ends_an_update(monkeypatch, tmp_path):
+    batches = watch(ppo, monkeypatch)
+    train(ppo, "Trace-v0", tmp_path / "a", update_epochs=1, num_minibatches=1, learning_rate=0.1)
+    for name in ("approx_kl", "clipfrac"):
+        assert [y for _, y in logged(tmp_path / "a")[f"losses/{name}"]] == pytest.approx([0] * 5, abs=1e-6)
+    batches.clear()
+    args = dict(update_epochs=4, num_minibatches=1, learning_rate=0.1, total_timesteps=64, clip_coef=0.1)
+    train(ppo, "Trace-v0", tmp_path / "b", **args)
+    kls, fractions = [], []
+    for batch in batches:
+        log_ratio = (batch.agent(batch.x)[0].log_prob(batch.actions) - batch.old_log_probs).detach().double()
+        kls.append((log_ratio.exp() - 1 - log_ratio).mean().item())
+        fractions.append(((log_ratio.exp() - 1).abs() > 0.1).double().mean().item())
+    assert len(batches) == 4
+    assert logged(tmp_path / "b")["losses/approx_kl"][0][1] == pytest.approx(kls[-1], rel=1e-3)
+    assert logged(tmp_path / "b")["losses/clipfrac"][0][1] == pytest.approx(fractions[-1])
+    assert kls[1] < kls[2]
+    for target_kl, epochs in ((0.99 * kls[1], 2), ((kls[1] + kls[2]) / 2, 3), (99.0, 4)):
+        batches.clear()
+        train(ppo, "Trace-v0", tmp_path / str(target_kl), target_kl=target_kl, **args)
+        assert len(batches) == epochs
+
+
+# ---- learning where the best policy is known
+
+LEARNING = {
+    a2c: dict(num_envs=16, num_steps=5, learning_rate=5e-3, hidden_sizes=(16,), total_timesteps=4000),
+    ppo: dict(num_envs=8, num_steps=32, learning_rate=3e-3, update_epochs=10, num_minibatches=4, total_timesteps=3072),
+    reinforce: dict(num_envs=8, learning_rate=2e-2, hidden_sizes=(16,), critic_updates=5, total_timesteps=1200),
+    trpo: dict(num_envs=8, num_steps=32, learning_rate=1e-2, target_kl=0.05, critic_updates=5, total_timesteps=3072),
+}
+LEARNING[ppo] |= dict(hidden_sizes=(64, 64))
+LEARNING[trpo] |= dict(hidden_sizes=(64, 64))
+LEARNING[reinforce] |= dict(norm_weight=True, num_minibatches=1)
+PICTURES = {
+    a2c: dict(learning_rate=1e-3, total_timesteps=1600),
+    ppo: dict(learning_rate=1e-3, update_epochs=4, total_timesteps=1024),
+    reinforce: dict(learning_rate=1e-3, total_timesteps=256),
+    trpo: dict(total_timesteps=768),
+}
+# On bounded axes a mean far outside is a trap, while the deviation is large; without hidden layers it moves slowly.
+TARGETS = {
+    a2c: dict(learning_rate=0.03, hidden_sizes=(), total_timesteps=4000),
+    ppo: dict(total_timesteps=5120),
+    reinforce: dict(learning_rate=0.05, hidden_sizes=(), total_timesteps=1600),
+    trpo: dict(target_kl=0.1, total_timesteps=5120),
+}
+
+
+def learn(module, env, log_dir, capsys, **args):
+    """A trained agent, and its mean return over 32 evaluation episodes."""
+    agent = train(module, env, log_dir, **LEARNING[module] | dict(eval_episodes=32) | args)
+    return agent, float(capsys.readouterr().out.splitlines()[-1].split("mean_return=")[1].split()[0])
+
+
+@each(*MODULES)
+@pytest.mark.parametrize("env", ["Bandit-v0", "StartBandit-v0", "DictBandit-v0", "PictureBandit-v0"])
+def test_learns_which_action_pays(module, env, tmp_path, capsys):
+    assert learn(module, env, tmp_path, capsys, **PICTURES[module] if "Picture" in env else {})[1] == 1.0
+
+
+@each(*MODULES)
+def test_learns_that_a_later_reward_is_worth_more_than_one_at_once(module, tmp_path, capsys):
+    agent, score = learn(module, "Delay-v0", tmp_path, capsys, total_timesteps=5120, gamma=0.9)
+    assert score == 1.0
+    after_right_choice = np.concatenate([np.eye(4), np.ones((4, 1))], 1)[1:]
+    assert value_of(agent, after_right_choice) == pytest.approx([0.81, 0.9, 1.0], abs=0.05)
+
+
+@each(*MODULES)
+def test_a_time_limit_takes_nothing_except_from_reinforce(module, tmp_path, capsys):
+    agent, score = learn(module, "Alive-v0", tmp_path, capsys, total_timesteps=8000, gamma=0.9)
+    assert score == 10
+    # Counted as an end, it makes the mean value of the ten steps 4.1. TRPO's policy still errs now and then.
+    value, error = {reinforce: (4.1, 0.6), trpo: (10, 2.0)}.get(module, (10, 0.3))
+    assert value_of(agent, np.eye(2)) == pytest.approx([value] * 2, abs=error)
+
+
+@each(*MODULES)
+@pytest.mark.parametrize("norm", [False, True])
+def test_learns_targets_on_axes_with_any_bounds(module, norm, tmp_path, capsys):
+    args = TARGETS[module] | dict(norm_obs=norm, norm_reward=norm)
+    assert learn(module, "Target-v0", tmp_path, capsys, **args)[1] > -0.1  # doing nothing gets -3.1
+
+
+def test_environment_of_the_tests_ends_in_every_way():
+    assert gym.make("tests.tiny_envs:Trace-v0")
