@@ -245,7 +245,7 @@ def gradient_variance(agent, parameters, x, actions, weights, episodes):
     for n in np.unique(episodes):
         i = torch.as_tensor(np.flatnonzero(episodes == n), device=x.device)
         loss = reinforce_loss(agent, x[i], actions[i], weights[i], num_episodes=1)
-        gradients.append(nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters)))
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
     return torch.stack(gradients).var(0, correction=min(1, len(gradients) - 1)).sum().item()
 
 

@@ -42,7 +42,7 @@ import torch
 import tyro
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -262,6 +262,11 @@ def conjugate_gradient(product, b, iters):
     return x
 
 
+def flat(tensors):
+    """All numbers of some tensors as one vector."""
+    return torch.cat([x.flatten() for x in tensors])
+
+
 def trust_region_step(agent, parameters, x, actions, advantages, args):
     """Move θ, the policy's `parameters`, by one step on B transitions. Returns what to log."""
     with torch.no_grad():
@@ -276,13 +281,13 @@ def trust_region_step(agent, parameters, x, actions, advantages, args):
 
     # g = ∇L, and ∇KL. At θ_old the latter is 0, but not its derivative H: create_graph lets it be differentiated again.
     old_objective, kl = surrogate()
-    g = parameters_to_vector(torch.autograd.grad(old_objective, parameters, retain_graph=True))
-    kl_gradient = parameters_to_vector(torch.autograd.grad(kl, parameters, create_graph=True))
+    g = flat(torch.autograd.grad(old_objective, parameters, retain_graph=True))
+    kl_gradient = flat(torch.autograd.grad(kl, parameters, create_graph=True))
 
     def fisher_vector_product(v):
         """Hv = ∇(∇KL·v), with damping."""
         product = torch.autograd.grad(kl_gradient @ v, parameters, retain_graph=True)
-        return parameters_to_vector(product) + args.cg_damping * v
+        return flat(product) + args.cg_damping * v
 
     # The natural gradient H⁻¹g, and the step along it that would use up δ if the KL were quadratic and H not damped.
     natural_gradient = conjugate_gradient(fisher_vector_product, g, args.cg_iters)
@@ -291,7 +296,7 @@ def trust_region_step(agent, parameters, x, actions, advantages, args):
     full_step = (2 * args.target_kl / square).sqrt() * natural_gradient
 
     # The line search: the longest of the steps that keeps to δ and improves L, or none.
-    old_theta = parameters_to_vector(parameters).detach()
+    old_theta = flat(parameters).detach()
     accepted = False
     cuts = 0
     with torch.no_grad():

@@ -67,7 +67,7 @@ def played(num_steps=16):
     for env, timeline in groupby(sorted(step for step in Trace.log if step.env < 10**6), key=lambda step: step.env):
         t, timeline = 0, list(timeline)
         for k, step in enumerate(timeline):
-            more = dict(rollout=t // num_steps, future=timeline[k:], past=timeline[k - step.step : k + 1])
+            more = dict(rollout=t // num_steps, future=timeline[k:], past=timeline[k - step.step : k + 1])  # noqa: B031
             steps[env, step.episode, step.step] = SimpleNamespace(**step._asdict(), **more)
             t += 2 if step.terminated or step.truncated else 1  # the step after an end only resets
     return steps
@@ -482,7 +482,7 @@ def test_the_actions_learned_from_are_those_before_they_are_clipped(module, monk
             return super().log_prob(value)
 
     def spy(agent, actions):
-        chosen.append(actions)
+        chosen.append(actions.copy())
         return to_env(agent, actions)
 
     monkeypatch.setattr(module, "Independent", Spy)
