@@ -10,9 +10,8 @@ of both networks.
     φ_targ ← τ φ + (1 - τ) φ_targ, for the parameters φ of both
 
 μ is deterministic, so noise is added to its actions for exploration. Actions and noise are in units of half the range
-of each axis, so that the bounds are -1 and 1; an axis without two bounds is played in its own units, but within [-1, 1]
-all the same. Either every step's noise is new, ε_t ~ N(0, σ²), or it follows an Ornstein-Uhlenbeck process, whose
-correlation falls by a factor 1 - θ a step, so that the noise keeps pushing one way for about 1/θ steps:
+of each axis, so that the bounds are -1 and 1 (an axis without two bounds: in its own units). Either every step's noise
+is new, ε_t ~ N(0, σ²), or it follows an Ornstein-Uhlenbeck process and keeps pushing one way for about 1/θ steps:
 
     x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15 (θ = 1 is white noise again)
 
@@ -20,30 +19,25 @@ In the long run its standard deviation is σ, too (the paper's σ = 0.2, of the 
 
 T. P. Lillicrap, J. J. Hunt, A. Pritzel, N. Heess, T. Erez, Y. Tassa, D. Silver, D. Wierstra: Continuous control with
 deep reinforcement learning, 2016, arXiv:1509.02971. Most defaults are those of S. Fujimoto, H. van Hoof, D. Meger:
-Addressing Function Approximation Error in Actor-Critic Methods, 2018, arXiv:1802.09477, and of its later code.
+Addressing Function Approximation Error in Actor-Critic Methods, 2018, arXiv:1802.09477.
 
     python algos/ddpg.py --env-id Pendulum-v1
     python algos/ddpg.py --env-id LunarLanderContinuous-v3 --total-timesteps 300000 --noise ou
-    python algos/ddpg.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --learning-starts 25000 \
-        --learning-rate 3e-4 --gamma 0.99
 """
 
 import copy
-import os
-import shlex
 import signal
 import sys
-import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
 import numpy as np
-import psutil
 import torch
 import tyro
 from torch import nn
@@ -64,8 +58,6 @@ class Args:
     tau: float = 0.005  # τ, φ_targ ← τ φ + (1-τ) φ_targ after each gradient step
     noise: Literal["gaussian", "ou"] = "gaussian"  # exploration noise: independent, or Ornstein-Uhlenbeck
     exploration_noise: float = 0.1  # σ of the noise, in units of half the range of each action
-
-    # shared: arguments
     env_id: str = "Pendulum-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -81,50 +73,28 @@ class Args:
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
 
     def __post_init__(self):
-        if min(self.num_envs, self.eval_episodes, self.checkpoint_interval, *self.hidden_sizes) < 1:
-            fail("--num-envs, --eval-episodes, --checkpoint-interval and --hidden-sizes must be at least 1")
-        if not (0 <= self.seed < 200_000 and 0 < self.learning_rate < np.inf and 0 <= self.gamma <= 1):
-            fail("--seed must be from 0 to 199999, --learning-rate positive, and --gamma from 0 to 1")
-        for package in ["wandb"] * self.track + ["moviepy"] * self.capture_video:
-            if find_spec(package) is None:
-                fail(f"--track and --capture-video need a package: pip install {package}")
-        # shared: end
-        if min(self.batch_size, self.buffer_size) < 1 or self.learning_starts < 0:
-            fail("--batch-size and --buffer-size must be at least 1, --learning-starts not negative")
-        if not (0 < self.tau <= 1 and 0 <= self.exploration_noise < np.inf):
-            fail("--tau must be from 0 to 1, --exploration-noise not negative")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not (0 <= value < np.inf or name == "log_std_init"):
+                fail(f"--{name.replace('_', '-')} must be finite and not negative, not {value}")
 
 
 # ==== networks
-def layer_init(layer, gain=2**0.5):
-    """Orthogonal weights, zero biases."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def mlp(input_size, hidden_sizes, output_size, gain):
-    """Linear layers with ReLU between them; the last one's weights have the given gain."""
+def mlp(input_size, hidden_sizes, output_size):
+    """Linear layers with ReLU between them."""
     layers = []
     for size in hidden_sizes:
-        layers += [layer_init(nn.Linear(input_size, size)), nn.ReLU()]
+        layers += [nn.Linear(input_size, size), nn.ReLU()]
         input_size = size
-    return nn.Sequential(*layers, layer_init(nn.Linear(input_size, output_size), gain))
+    return nn.Sequential(*layers, nn.Linear(input_size, output_size))
 
 
 class Agent(nn.Module):
-    """Actor μ(s) and critic Q(s, a).
-
-    obs_space: a Box of vectors. action_space: a Box of floats, in whose bounded axes μ(s) in [-1, 1] is scaled to the
-    bounds; elsewhere it is in the axis's own units, and in [-1, 1] all the same.
-    """
+    """Actor μ(s), in [-1, 1], and critic Q(s, a) of vectors s."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         if not (isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"):
-            fail(
-                f"{Path(__file__).name} takes float Box actions, not {action_space}; for Discrete take dqn.py or ppo.py"
-            )
+            fail(f"{Path(__file__).name} takes Box actions, not {action_space}; for Discrete take dqn.py or ppo.py")
         if len(obs_space.shape) == 3:
             fail(f"{Path(__file__).name} takes vectors, not images; ppo.py and a2c.py take images")
         self.obs_space, self.action_space = obs_space, action_space
@@ -132,8 +102,8 @@ class Agent(nn.Module):
         low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
         self.centre, self.half_range = (low + high) / 2, (high - low) / 2
         self.num_actions = int(np.prod(action_space.shape))
-        self.actor = mlp(obs_space.shape[0], args.hidden_sizes, self.num_actions, 0.01)
-        self.critic = mlp(obs_space.shape[0] + self.num_actions, args.hidden_sizes, 1, 1.0)
+        self.actor = mlp(obs_space.shape[0], args.hidden_sizes, self.num_actions)
+        self.critic = mlp(obs_space.shape[0] + self.num_actions, args.hidden_sizes, 1)
 
     def preprocess(self, obs):
         """Observations as the networks take them: float32, bytes scaled to [0, 1]."""
@@ -168,9 +138,6 @@ class ReplayBuffer:
     """The last transitions (s, a, r, s', terminated), in a ring of `size` places."""
 
     def __init__(self, size, obs_size, num_actions):
-        needed, free = 4 * size * (2 * obs_size + num_actions + 2), psutil.virtual_memory().available
-        if needed > free:
-            fail(f"--buffer-size {size} takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
         self.obs, self.next_obs = np.zeros((2, size, obs_size), np.float32)
         self.actions = np.zeros((size, num_actions), np.float32)
         self.rewards = np.zeros(size, np.float32)
@@ -218,8 +185,8 @@ def train(args):
     actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     N, A = args.num_envs, agent.num_actions
-    if args.total_timesteps // N * N < max(args.learning_starts, N):
-        fail(f"--total-timesteps must reach --learning-starts in multiples of {N} steps")
+    if min(args.batch_size, args.buffer_size) < 1 or args.total_timesteps // N * N < max(args.learning_starts, N):
+        fail(f"--batch-size, --buffer-size must be at least 1, --total-timesteps reach --learning-starts in {N}s")
     buffer = ReplayBuffer(args.buffer_size, envs.single_observation_space.shape[0], A)
 
     modules = {"agent": agent, "target": target}
@@ -291,10 +258,9 @@ def fail(message):
 
 def select_device(name):
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        torch.zeros(1, device=name).item()  # raises if there is none
-        return torch.device(name)
+        return torch.zeros(1, device=name).device  # raises if there is none
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} cannot be used: {error}")
 
@@ -302,9 +268,7 @@ def select_device(name):
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
     is_atari = args.env_id.startswith("ALE/")
-    options = {"vectorization_mode": "sync" if num_envs == 1 and not is_atari else None}  # None: its own vector form
-    if args.async_envs and not is_atari:
-        options["vectorization_mode"] = "async"
+    options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
@@ -316,7 +280,7 @@ def make_envs(args, num_envs, eval_folder=None):
     try:
         envs = gym.make_vec("ale_py:" * is_atari + args.env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
-        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36 <= space.shape[1]
+        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
         if not is_image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
@@ -330,7 +294,7 @@ def evaluate(agent, args, folder):
     """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
     envs = make_envs(args, 1, eval_folder=folder)
     act, returns = agent.numpy_policy(), []
-    for episode in tqdm(range(args.eval_episodes), desc="evaluation"):
+    for episode in tqdm(range(args.eval_episodes), desc="evaluation (up to 27,000 steps each)"):
         obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + episode)
         returns.append(0.0)
         for _ in range(27_000):  # half an hour of Atari
@@ -338,8 +302,6 @@ def evaluate(agent, args, folder):
             returns[-1] += rewards.item()
             if terminated or truncated:
                 break
-        if not (terminated or truncated):
-            print("evaluation: an episode was cut after 27,000 steps", file=sys.stderr)
     envs.close()
     result = f"mean_return={np.mean(returns):.2f} std={np.std(returns):.2f} episodes={len(returns)}"
     print(f"eval: {result} checkpoint={folder}/checkpoint.pt")
@@ -358,33 +320,27 @@ def load_checkpoint(path, **modules):
         fail(f"cannot use {path} as a checkpoint of {Path(__file__).name}: {error}")
 
 
-class Run:
+class Run(AbstractContextManager):
     """A run's folder with log and checkpoint, and its progress bar. modules: what the checkpoint keeps, by name."""
 
     def __init__(self, args, **modules):
         self.args, self.modules, self.global_step = args, modules, 0
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
+        self.folder = Path(args.log_dir) / name.replace("/", "-").replace(":", "-")
         if args.resume:
             self.folder = Path(args.resume).parent
             self.global_step = load_checkpoint(args.resume, **modules)["global_step"]
-        else:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
-            self.folder = Path(args.log_dir) / name.replace("/", "-").replace(":", "-")
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         if args.track:
-            import wandb
-
-            wandb.init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
+            import_module("wandb").init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.episodic_return, self.episodic_length = np.zeros((2, args.num_envs))  # of the episodes under way
         self.returns = []  # of those that have ended
-        self.next_log, self.stopping = 0, False
         self.save()
 
     def log_step(self, rewards, valid, ended):
-        if self.stopping:
-            raise KeyboardInterrupt
         self.global_step += len(rewards)
         self.episodic_return += rewards
         self.episodic_length += valid
@@ -397,11 +353,9 @@ class Run:
     def log_update(self, scalars, **inputs):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
         for name, values in (inputs | scalars).items():
-            if not np.isfinite(values).all():
-                raise FloatingPointError(f"{name} not finite at step {self.global_step}; is --learning-rate too high?")
-        if self.global_step < self.next_log:
+            assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; a lower --learning-rate?"
+        if self.global_step < self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
             return
-        self.next_log = self.global_step + self.args.total_timesteps // 1000  # a thousand points make a curve
         scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.global_step)
@@ -412,47 +366,31 @@ class Run:
 
     def save(self):
         """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
-        if not all(x.isfinite().all() for x in self.modules["agent"].state_dict().values()):
-            raise FloatingPointError("a weight is not finite; is --learning-rate too high?")
+        assert all(x.isfinite().all() for x in self.modules["agent"].parameters()), "a weight is not finite"
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
         torch.save(state, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
         self.saved_step = self.global_step
 
     def finish(self, agent):
         self.save()
         self.bar.close()
-        for number in self.handlers:
-            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
         for episode, episodic_return in enumerate(evaluate(agent, self.args, self.folder), start=1):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
 
-    def __enter__(self):
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def stop(self, number, frame):
-        self.stopping = True  # `log_step` raises KeyboardInterrupt: elsewhere a lock of the log may be held
-        signal.signal(number, signal.default_int_handler)  # a second one raises it at once
-
     def __exit__(self, error_type, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.bar.close()
-        if self.stopping or error_type is KeyboardInterrupt:
+        if error_type is KeyboardInterrupt:
             self.save()
-            command = ["python", sys.argv[0], "--resume", f"{self.folder}/checkpoint.pt"]
-            print("stopped; resume with:", shlex.join(command))
+            print(f"\nstopped; resume with: python {sys.argv[0]} --resume '{self.folder}/checkpoint.pt'")
             if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
                 sys.exit(130)
         self.writer.close()
 
 
 def main():
-    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the current directory
+    sys.path.insert(0, str(Path.cwd()))  # `my_env:MyEnv-v0` finds my_env.py in the current directory
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     torch.backends.cudnn.deterministic = True
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults

@@ -32,15 +32,13 @@ A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, ar
 """
 
 import copy
-import os
-import shlex
 import signal
 import sys
-import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 import gymnasium as gym
@@ -71,8 +69,6 @@ class Args:
     end_e: float = 0.05  # ε at the end
     exploration_fraction: float = 0.2  # share of the total timesteps in which ε falls from start_e to end_e
     double_q: bool = False  # Double DQN: Q chooses the action in y, Q_targ tells its value
-
-    # shared: arguments
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -88,49 +84,29 @@ class Args:
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
 
     def __post_init__(self):
-        if min(self.num_envs, self.eval_episodes, self.checkpoint_interval, *self.hidden_sizes) < 1:
-            fail("--num-envs, --eval-episodes, --checkpoint-interval and --hidden-sizes must be at least 1")
-        if not (0 <= self.seed < 200_000 and 0 < self.learning_rate < np.inf and 0 <= self.gamma <= 1):
-            fail("--seed must be from 0 to 199999, --learning-rate positive, and --gamma from 0 to 1")
-        for package in ["wandb"] * self.track + ["moviepy"] * self.capture_video:
-            if find_spec(package) is None:
-                fail(f"--track and --capture-video need a package: pip install {package}")
-        # shared: end
-        if min(self.batch_size, self.train_frequency, self.gradient_steps, self.target_network_frequency) < 1:
-            fail("--batch-size, --train-frequency, --gradient-steps, --target-network-frequency must be at least 1")
-        if self.buffer_size < 2 * self.num_envs or self.learning_starts < 0:
-            fail("--buffer-size must be at least twice --num-envs, --learning-starts not negative")
-        if not (0 < self.tau <= 1 and min(self.start_e, self.end_e) >= 0 and max(self.start_e, self.end_e) <= 1):
-            fail("--tau, --start-e and --end-e must be from 0 to 1")
-        if not 0 <= self.exploration_fraction <= 1:
-            fail("--exploration-fraction must be from 0 to 1")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not (0 <= value < np.inf or name == "log_std_init"):
+                fail(f"--{name.replace('_', '-')} must be finite and not negative, not {value}")
 
 
 # ==== networks
-def layer_init(layer, gain=2**0.5):
-    """Orthogonal weights, zero biases."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def mlp(input_size, hidden_sizes, output_size, gain):
-    """Linear layers with ReLU between them; the last one's weights have the given gain."""
+def mlp(input_size, hidden_sizes, output_size):
+    """Linear layers with ReLU between them."""
     layers = []
     for size in hidden_sizes:
-        layers += [layer_init(nn.Linear(input_size, size)), nn.ReLU()]
+        layers += [nn.Linear(input_size, size), nn.ReLU()]
         input_size = size
-    return nn.Sequential(*layers, layer_init(nn.Linear(input_size, output_size), gain))
+    return nn.Sequential(*layers, nn.Linear(input_size, output_size))
 
 
 def nature_cnn(channels, height, width):
     """Features, (B, 512), of images scaled to [0, 1], (B, channels, height, width): Mnih et al. (2015)."""
     layers = []
     for in_channels, out_channels, size, stride in ((channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)):
-        layers += [layer_init(nn.Conv2d(in_channels, out_channels, size, stride)), nn.ReLU()]
+        layers += [nn.Conv2d(in_channels, out_channels, size, stride), nn.ReLU()]
     convolutions = nn.Sequential(*layers, nn.Flatten())
     num_features = convolutions(torch.zeros(1, channels, height, width)).shape[1]
-    return nn.Sequential(convolutions, layer_init(nn.Linear(num_features, 512)), nn.ReLU())
+    return nn.Sequential(convolutions, nn.Linear(num_features, 512), nn.ReLU())
 
 
 class Agent(nn.Module):
@@ -145,16 +121,14 @@ class Agent(nn.Module):
             fail(f"{Path(__file__).name} takes Discrete actions, not {action_space}; for Box take ddpg.py or ppo.py")
         self.obs_space, self.action_space = obs_space, action_space
         self.is_image = len(obs_space.shape) == 3
-        if self.is_image:
-            self.encoder = nature_cnn(*self.preprocess(obs_space.low).shape)
-            self.q = mlp(512, (), int(action_space.n), 1.0)
-        else:
-            self.encoder = nn.Identity()
-            self.q = mlp(obs_space.shape[0], args.hidden_sizes, int(action_space.n), 1.0)
+        shape = self.preprocess(obs_space.low).shape
+        self.encoder = nature_cnn(*shape) if self.is_image else nn.Identity()
+        num_features, hidden_sizes = (512, ()) if self.is_image else (shape[0], args.hidden_sizes)
+        self.q = mlp(num_features, hidden_sizes, int(action_space.n))
 
     def preprocess(self, obs):
         """Arrays (..., *obs_space.shape) as the networks take them: float32, bytes in [0, 1], images channels first."""
-        x = obs.astype(np.float32) / (255 if obs.dtype == np.uint8 else 1)
+        x = obs / np.float32(255) if obs.dtype == np.uint8 else obs.astype(np.float32)
         channels_last = self.is_image and self.obs_space.shape[2] < self.obs_space.shape[0]
         return np.moveaxis(x, -1, -3) if channels_last else x
 
@@ -164,17 +138,16 @@ class Agent(nn.Module):
 
     def numpy_policy(self):
         """argmax_a Q(s, a) as a function of arrays (B, ...): three times as fast as torch here."""
-        linears = [layer for layer in self.q if isinstance(layer, nn.Linear)]
-        weights = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linears]
+        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.q[::2]]
 
         def act(obs):
             x = self.preprocess(obs)
             if self.is_image:
                 with torch.inference_mode():
-                    x = self.encoder(torch.as_tensor(x, device=linears[0].weight.device)).numpy(force=True)
-            for weight, bias in weights[:-1]:
+                    x = self.encoder(torch.as_tensor(x, device=self.q[0].weight.device)).numpy(force=True)
+            for weight, bias in layers[:-1]:
                 x = np.maximum(x @ weight + bias, 0)
-            return (x @ weights[-1][0] + weights[-1][1]).argmax(-1)
+            return (x @ layers[-1][0] + layers[-1][1]).argmax(-1)
 
         return act
 
@@ -231,6 +204,7 @@ class ReplayBuffer:
         rows, envs = rng.integers(oldest, self.row, batch_size), rng.integers(self.num_envs, size=batch_size)
         while not (valid := self.valid[rows % self.num_rows, envs]).all():  # draw those anew that only reset
             rows[~valid] = rng.integers(oldest, self.row, (~valid).sum())
+            envs[~valid] = rng.integers(self.num_envs, size=(~valid).sum())
         at = rows % self.num_rows, envs
         obs, next_obs = self.observations(rows, envs), self.observations(rows + 1, envs)
         return obs, self.actions[at], self.rewards[at], next_obs, self.terminated[at]
@@ -266,6 +240,8 @@ def train(args):
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     N, num_actions = args.num_envs, int(envs.single_action_space.n)
     T = max(args.train_frequency // N, 1)  # steps of each environment between updates
+    if min(args.batch_size, args.gradient_steps, args.target_network_frequency, args.buffer_size // (2 * N)) < 1:
+        fail("--batch-size, --gradient-steps, --target-network-frequency must be at least 1, --buffer-size twice N")
     if args.total_timesteps // (T * N) * T * N < max(args.learning_starts, T * N):
         fail(f"--total-timesteps must reach --learning-starts in multiples of {T * N} steps")
     stack = 4 if args.env_id.startswith("ALE/") else 1
@@ -330,10 +306,9 @@ def fail(message):
 
 def select_device(name):
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        torch.zeros(1, device=name).item()  # raises if there is none
-        return torch.device(name)
+        return torch.zeros(1, device=name).device  # raises if there is none
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} cannot be used: {error}")
 
@@ -341,9 +316,7 @@ def select_device(name):
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
     is_atari = args.env_id.startswith("ALE/")
-    options = {"vectorization_mode": "sync" if num_envs == 1 and not is_atari else None}  # None: its own vector form
-    if args.async_envs and not is_atari:
-        options["vectorization_mode"] = "async"
+    options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
@@ -355,7 +328,7 @@ def make_envs(args, num_envs, eval_folder=None):
     try:
         envs = gym.make_vec("ale_py:" * is_atari + args.env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
-        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36 <= space.shape[1]
+        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
         if not is_image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
@@ -369,7 +342,7 @@ def evaluate(agent, args, folder):
     """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
     envs = make_envs(args, 1, eval_folder=folder)
     act, returns = agent.numpy_policy(), []
-    for episode in tqdm(range(args.eval_episodes), desc="evaluation"):
+    for episode in tqdm(range(args.eval_episodes), desc="evaluation (up to 27,000 steps each)"):
         obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + episode)
         returns.append(0.0)
         for _ in range(27_000):  # half an hour of Atari
@@ -377,8 +350,6 @@ def evaluate(agent, args, folder):
             returns[-1] += rewards.item()
             if terminated or truncated:
                 break
-        if not (terminated or truncated):
-            print("evaluation: an episode was cut after 27,000 steps", file=sys.stderr)
     envs.close()
     result = f"mean_return={np.mean(returns):.2f} std={np.std(returns):.2f} episodes={len(returns)}"
     print(f"eval: {result} checkpoint={folder}/checkpoint.pt")
@@ -397,33 +368,27 @@ def load_checkpoint(path, **modules):
         fail(f"cannot use {path} as a checkpoint of {Path(__file__).name}: {error}")
 
 
-class Run:
+class Run(AbstractContextManager):
     """A run's folder with log and checkpoint, and its progress bar. modules: what the checkpoint keeps, by name."""
 
     def __init__(self, args, **modules):
         self.args, self.modules, self.global_step = args, modules, 0
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
+        self.folder = Path(args.log_dir) / name.replace("/", "-").replace(":", "-")
         if args.resume:
             self.folder = Path(args.resume).parent
             self.global_step = load_checkpoint(args.resume, **modules)["global_step"]
-        else:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
-            self.folder = Path(args.log_dir) / name.replace("/", "-").replace(":", "-")
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         if args.track:
-            import wandb
-
-            wandb.init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
+            import_module("wandb").init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.episodic_return, self.episodic_length = np.zeros((2, args.num_envs))  # of the episodes under way
         self.returns = []  # of those that have ended
-        self.next_log, self.stopping = 0, False
         self.save()
 
     def log_step(self, rewards, valid, ended):
-        if self.stopping:
-            raise KeyboardInterrupt
         self.global_step += len(rewards)
         self.episodic_return += rewards
         self.episodic_length += valid
@@ -436,11 +401,9 @@ class Run:
     def log_update(self, scalars, **inputs):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
         for name, values in (inputs | scalars).items():
-            if not np.isfinite(values).all():
-                raise FloatingPointError(f"{name} not finite at step {self.global_step}; is --learning-rate too high?")
-        if self.global_step < self.next_log:
+            assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; a lower --learning-rate?"
+        if self.global_step < self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
             return
-        self.next_log = self.global_step + self.args.total_timesteps // 1000  # a thousand points make a curve
         scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.global_step)
@@ -451,47 +414,31 @@ class Run:
 
     def save(self):
         """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
-        if not all(x.isfinite().all() for x in self.modules["agent"].state_dict().values()):
-            raise FloatingPointError("a weight is not finite; is --learning-rate too high?")
+        assert all(x.isfinite().all() for x in self.modules["agent"].parameters()), "a weight is not finite"
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
         torch.save(state, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
         self.saved_step = self.global_step
 
     def finish(self, agent):
         self.save()
         self.bar.close()
-        for number in self.handlers:
-            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
         for episode, episodic_return in enumerate(evaluate(agent, self.args, self.folder), start=1):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
 
-    def __enter__(self):
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def stop(self, number, frame):
-        self.stopping = True  # `log_step` raises KeyboardInterrupt: elsewhere a lock of the log may be held
-        signal.signal(number, signal.default_int_handler)  # a second one raises it at once
-
     def __exit__(self, error_type, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.bar.close()
-        if self.stopping or error_type is KeyboardInterrupt:
+        if error_type is KeyboardInterrupt:
             self.save()
-            command = ["python", sys.argv[0], "--resume", f"{self.folder}/checkpoint.pt"]
-            print("stopped; resume with:", shlex.join(command))
+            print(f"\nstopped; resume with: python {sys.argv[0]} --resume '{self.folder}/checkpoint.pt'")
             if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
                 sys.exit(130)
         self.writer.close()
 
 
 def main():
-    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the current directory
+    sys.path.insert(0, str(Path.cwd()))  # `my_env:MyEnv-v0` finds my_env.py in the current directory
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     torch.backends.cudnn.deterministic = True
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults

@@ -8,8 +8,6 @@ stops rewarding an action once the probability ratio ρ has left [1-ε, 1+ε] in
     L   = E_t[ min(ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t) - c_v (V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ], maximised
     Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},   δ_t = r_t + γ V(s_{t+1}) - V(s_t),   R̂_t = Â_t + V(s_t)
 
-where V is 0 in a terminal state and the sum stops at the end of the episode.
-
 J. Schulman, F. Wolski, P. Dhariwal, A. Radford, O. Klimov: Proximal Policy Optimization Algorithms, 2017,
 arXiv:1707.06347. Â_t is GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
 
@@ -17,19 +15,15 @@ arXiv:1707.06347. Â_t is GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan,
     python algos/ppo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \
         --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 --log-std-init -1 --target-kl 0.03 \
         --norm-obs --norm-reward
-    python algos/ppo.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --num-steps 128 \
-        --update-epochs 4 --learning-rate 2.5e-4 --gamma 0.99 --gae-lambda 0.95 --clip-coef 0.1 --ent-coef 0.01
 """
 
-import os
-import shlex
 import signal
 import sys
-import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 import gymnasium as gym
@@ -56,15 +50,12 @@ class Args:
     update_epochs: int = 10  # K epochs over each rollout
     num_minibatches: int = 4  # minibatches per epoch
     clip_coef: float = 0.2  # ε, how far the probability ratio may move from 1
-    norm_adv: bool = True  # standardise the advantages of each rollout
     ent_coef: float = 0.0  # c_e, weight of the entropy bonus
     vf_coef: float = 0.5  # c_v, weight of the squared value error (without the ½ that some write before it)
     max_grad_norm: float = 0.5  # clip gradients to this norm
-    target_kl: float | None = None  # end the update after an epoch in which KL(π_old‖π) exceeds this
+    target_kl: float | None = None  # end the update after an epoch whose last minibatch has a KL(π_old‖π) beyond this
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
     norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
-
-    # shared: arguments
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -80,18 +71,9 @@ class Args:
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
 
     def __post_init__(self):
-        if min(self.num_envs, self.eval_episodes, self.checkpoint_interval, *self.hidden_sizes) < 1:
-            fail("--num-envs, --eval-episodes, --checkpoint-interval and --hidden-sizes must be at least 1")
-        if not (0 <= self.seed < 200_000 and 0 < self.learning_rate < np.inf and 0 <= self.gamma <= 1):
-            fail("--seed must be from 0 to 199999, --learning-rate positive, and --gamma from 0 to 1")
-        for package in ["wandb"] * self.track + ["moviepy"] * self.capture_video:
-            if find_spec(package) is None:
-                fail(f"--track and --capture-video need a package: pip install {package}")
-        # shared: end
-        if min(self.num_steps, self.update_epochs, self.num_minibatches) < 1:
-            fail("--num-steps, --update-epochs and --num-minibatches must be at least 1")
-        if not (0 <= self.gae_lambda <= 1 and self.clip_coef > 0 and self.max_grad_norm > 0):
-            fail("--gae-lambda must be from 0 to 1, --clip-coef and --max-grad-norm must be positive")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not (0 <= value < np.inf or name == "log_std_init"):
+                fail(f"--{name.replace('_', '-')} must be finite and not negative, not {value}")
 
 
 # ==== shared: networks
@@ -140,19 +122,13 @@ class RunningMeanStd(nn.Module):
 
 
 class Agent(nn.Module):
-    """Policy π(a|s), categorical or diagonal Gaussian, and value function V(s).
-
-    obs_space: a Box of vectors, or of uint8 images (three axes), whose features actor and critic share.
-    action_space: Discrete, or a Box of floats, in whose bounded axes the Gaussian works in [-1, 1].
-    """
+    """Policy π(a|s), categorical or Gaussian, and value function V(s), of vectors or images (three axes)."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.obs_space, self.action_space = obs_space, action_space
         self.is_image = len(obs_space.shape) == 3
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
-        if self.is_image and args.norm_obs:
-            fail("--norm-obs is for vectors; images are divided by 255 anyway")
         self.obs_stats = RunningMeanStd(*obs_space.shape) if args.norm_obs else None
         self.return_stats = RunningMeanStd() if args.norm_reward else None
         if self.is_discrete:
@@ -160,53 +136,46 @@ class Agent(nn.Module):
         elif isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
             num_outputs = int(np.prod(action_space.shape))
             self.log_std = nn.Parameter(torch.full((num_outputs,), args.log_std_init))
-            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)
+            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
         else:
             fail(f"{Path(__file__).name} takes Discrete or float Box actions; no file takes {action_space}")
-        if self.is_image:
-            self.encoder = nature_cnn(*self.preprocess(obs_space.low).shape)
-            num_features, hidden_sizes = 512, ()
-        else:
-            self.encoder = nn.Identity()
-            num_features, hidden_sizes = obs_space.shape[0], args.hidden_sizes
+        shape = self.preprocess(obs_space.low).shape
+        self.encoder = nature_cnn(*shape) if self.is_image else nn.Identity()
+        num_features, hidden_sizes = (512, ()) if self.is_image else (shape[0], args.hidden_sizes)
         self.actor = mlp(num_features, hidden_sizes, num_outputs, 0.01)  # at first nearly uniform, or of mean 0
-        self.critic = mlp(num_features, hidden_sizes, 1, 1.0)
+        self.critic = nn.Sequential(*mlp(num_features, hidden_sizes, 1, 1.0), nn.Flatten(0))  # (B,), not (B, 1)
 
     def preprocess(self, obs):
         """Arrays (..., *obs_space.shape) as the networks take them: float32, bytes in [0, 1], images channels first."""
-        x = obs.astype(np.float32) / (255 if obs.dtype == np.uint8 else 1)
+        x = obs / np.float32(255) if obs.dtype == np.uint8 else obs.astype(np.float32)
         if self.obs_stats is not None:
             mean, var = self.obs_stats.mean.numpy(force=True), self.obs_stats.var.numpy(force=True)
             x = ((obs - mean) / np.sqrt(var + 1e-8)).clip(-10, 10).astype(np.float32)
         channels_last = self.is_image and self.obs_space.shape[2] < self.obs_space.shape[0]
         return np.moveaxis(x, -1, -3) if channels_last else x
 
-    def forward(self, x):
-        """π(·|s) as a torch distribution, and V(s), shape (B,), of preprocessed observations x."""
-        features = self.encoder(x)
+    def policy(self, features):
+        """π(·|s) as a torch distribution, of features = encoder(x)."""
         output = self.actor(features)
         if self.is_discrete:
-            policy = Categorical(logits=output, validate_args=False)
-        else:
-            policy = Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
-        return policy, self.critic(features).squeeze(-1)
+            return Categorical(logits=output, validate_args=False)
+        return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def numpy_policy(self, rng=None):
         """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...): three times as fast as torch here."""
-        linears = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
-        weights = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linears]
+        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.actor[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
         def act(obs):
             x = self.preprocess(obs)
             if self.is_image:
                 with torch.inference_mode():
-                    x = self.encoder(torch.as_tensor(x, device=linears[0].weight.device)).numpy(force=True)
-            for weight, bias in weights[:-1]:
+                    x = self.encoder(torch.as_tensor(x, device=self.actor[0].weight.device)).numpy(force=True)
+            for weight, bias in layers[:-1]:
                 x = np.tanh(x @ weight + bias)
-            output = x @ weights[-1][0] + weights[-1][1]
+            output = x @ layers[-1][0] + layers[-1][1]
             if rng is not None and self.is_discrete:
                 output = output + rng.gumbel(size=output.shape)  # the argmax is then a sample of the softmax
             elif rng is not None:
@@ -230,7 +199,7 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
     A terminal state is worth 0, a truncated one its value; no Â reaches past the end of its episode (Schulman 2016).
     """
-    deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * ~(terminated | truncated)
     advantages, advantage = np.zeros_like(deltas), 0.0
     for t in reversed(range(len(deltas))):
@@ -241,13 +210,15 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
 def ppo_loss(agent, x, actions, old_log_probs, advantages, returns, args):
     """The loss -L of B transitions (each argument of shape (B, ...)), its parts, and log ρ."""
-    policy, values = agent(x)
+    features = agent.encoder(x)
+    policy, values = agent.policy(features), agent.critic(features)
     log_ratio = policy.log_prob(actions) - old_log_probs
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
     value_loss = (values - returns).square().mean()
-    entropy = policy.entropy().mean()
+    with torch.set_grad_enabled(args.ent_coef > 0):  # without the bonus it is only logged
+        entropy = policy.entropy().mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     return loss, policy_loss, value_loss, entropy, log_ratio.detach()
 
@@ -261,11 +232,12 @@ def train(args):
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     T, N = args.num_steps, args.num_envs
+    if min(args.update_epochs, args.num_minibatches) < 1:
+        fail("--update-epochs and --num-minibatches must be at least 1")
     if not 2 * args.num_minibatches <= T * N <= args.total_timesteps:  # up to half of the steps may only reset
         fail("--num-envs times --num-steps must be from twice --num-minibatches to --total-timesteps")
 
     with Run(args, agent=agent, optimizer=optimizer) as run:
-        optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
         next_obs, _ = envs.reset(seed=seed)
@@ -289,13 +261,12 @@ def train(args):
             obs[T] = next_obs
 
             # 2. log π_old(a_t|s_t) and V(s_t) in one batch; from V the advantages Â_t and returns R̂_t.
-            x = torch.as_tensor(agent.preprocess(obs), device=device)
-            b_x, b_actions = x[:T].flatten(0, 1), torch.as_tensor(actions, device=device).flatten(0, 1)
+            x = torch.as_tensor(agent.preprocess(obs), device=device).flatten(0, 1)
+            b_x, b_actions = x[: T * N], torch.as_tensor(actions, device=device).flatten(0, 1)
             with torch.no_grad():
-                policy, b_values = agent(b_x)
-                b_log_probs = policy.log_prob(b_actions)
-                next_values = agent.critic(agent.encoder(x[T])).squeeze(-1)
-            values = torch.cat([b_values, next_values]).numpy(force=True).reshape(T + 1, N)
+                features = agent.encoder(x)
+                b_log_probs = agent.policy(features[: T * N]).log_prob(b_actions)
+                values = agent.critic(features).numpy(force=True).reshape(T + 1, N)
             scaled = rewards
             if args.norm_reward:
                 for t in range(T):
@@ -305,18 +276,15 @@ def train(args):
                 scaled = np.clip(rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8), -10, 10)
             advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
             explained_variance = 1 - np.var((returns - values[:T])[valid]) / (np.var(returns[valid]) + 1e-8)
-            if args.norm_adv:
-                advantages = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
-            b_advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device).flatten()
-            b_returns = torch.as_tensor(returns, dtype=torch.float32, device=device).flatten()
+            advantages = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
+            b_advantages = torch.as_tensor(advantages, device=device).flatten()
+            b_returns = torch.as_tensor(returns, device=device).flatten()
 
             # 3. Maximise L over the valid transitions, for K epochs of minibatches.
-            if args.anneal_lr:
-                share = (run.global_step - T * N) / args.total_timesteps  # of the training before this rollout
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - share)
+            progress = (run.global_step - T * N) / args.total_timesteps  # before this rollout
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress * args.anneal_lr)
             for _ in range(args.update_epochs):
                 order = torch.as_tensor(rng.permutation(np.flatnonzero(valid)), device=device)
-                log_ratios = []
                 for i in order.tensor_split(args.num_minibatches):
                     batch = b_x[i], b_actions[i], b_log_probs[i], b_advantages[i], b_returns[i]
                     loss, policy_loss, value_loss, entropy, log_ratio = ppo_loss(agent, *batch, args)
@@ -324,8 +292,6 @@ def train(args):
                     loss.backward()
                     nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
-                    log_ratios.append(log_ratio)
-                log_ratio = torch.cat(log_ratios)
                 approx_kl = (log_ratio.exp() - 1 - log_ratio).mean().item()  # never negative, unlike -log_ratio.mean()
                 if args.target_kl is not None and approx_kl > args.target_kl:
                     break
@@ -356,10 +322,9 @@ def fail(message):
 
 def select_device(name):
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        torch.zeros(1, device=name).item()  # raises if there is none
-        return torch.device(name)
+        return torch.zeros(1, device=name).device  # raises if there is none
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} cannot be used: {error}")
 
@@ -367,9 +332,7 @@ def select_device(name):
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
     is_atari = args.env_id.startswith("ALE/")
-    options = {"vectorization_mode": "sync" if num_envs == 1 and not is_atari else None}  # None: its own vector form
-    if args.async_envs and not is_atari:
-        options["vectorization_mode"] = "async"
+    options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
@@ -381,7 +344,7 @@ def make_envs(args, num_envs, eval_folder=None):
     try:
         envs = gym.make_vec("ale_py:" * is_atari + args.env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
-        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36 <= space.shape[1]
+        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
         if not is_image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
@@ -395,7 +358,7 @@ def evaluate(agent, args, folder):
     """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
     envs = make_envs(args, 1, eval_folder=folder)
     act, returns = agent.numpy_policy(), []
-    for episode in tqdm(range(args.eval_episodes), desc="evaluation"):
+    for episode in tqdm(range(args.eval_episodes), desc="evaluation (up to 27,000 steps each)"):
         obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + episode)
         returns.append(0.0)
         for _ in range(27_000):  # half an hour of Atari
@@ -403,8 +366,6 @@ def evaluate(agent, args, folder):
             returns[-1] += rewards.item()
             if terminated or truncated:
                 break
-        if not (terminated or truncated):
-            print("evaluation: an episode was cut after 27,000 steps", file=sys.stderr)
     envs.close()
     result = f"mean_return={np.mean(returns):.2f} std={np.std(returns):.2f} episodes={len(returns)}"
     print(f"eval: {result} checkpoint={folder}/checkpoint.pt")
@@ -423,33 +384,27 @@ def load_checkpoint(path, **modules):
         fail(f"cannot use {path} as a checkpoint of {Path(__file__).name}: {error}")
 
 
-class Run:
+class Run(AbstractContextManager):
     """A run's folder with log and checkpoint, and its progress bar. modules: what the checkpoint keeps, by name."""
 
     def __init__(self, args, **modules):
         self.args, self.modules, self.global_step = args, modules, 0
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
+        self.folder = Path(args.log_dir) / name.replace("/", "-").replace(":", "-")
         if args.resume:
             self.folder = Path(args.resume).parent
             self.global_step = load_checkpoint(args.resume, **modules)["global_step"]
-        else:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
-            self.folder = Path(args.log_dir) / name.replace("/", "-").replace(":", "-")
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         if args.track:
-            import wandb
-
-            wandb.init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
+            import_module("wandb").init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.episodic_return, self.episodic_length = np.zeros((2, args.num_envs))  # of the episodes under way
         self.returns = []  # of those that have ended
-        self.next_log, self.stopping = 0, False
         self.save()
 
     def log_step(self, rewards, valid, ended):
-        if self.stopping:
-            raise KeyboardInterrupt
         self.global_step += len(rewards)
         self.episodic_return += rewards
         self.episodic_length += valid
@@ -462,11 +417,9 @@ class Run:
     def log_update(self, scalars, **inputs):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
         for name, values in (inputs | scalars).items():
-            if not np.isfinite(values).all():
-                raise FloatingPointError(f"{name} not finite at step {self.global_step}; is --learning-rate too high?")
-        if self.global_step < self.next_log:
+            assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; a lower --learning-rate?"
+        if self.global_step < self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
             return
-        self.next_log = self.global_step + self.args.total_timesteps // 1000  # a thousand points make a curve
         scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.global_step)
@@ -477,47 +430,31 @@ class Run:
 
     def save(self):
         """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
-        if not all(x.isfinite().all() for x in self.modules["agent"].state_dict().values()):
-            raise FloatingPointError("a weight is not finite; is --learning-rate too high?")
+        assert all(x.isfinite().all() for x in self.modules["agent"].parameters()), "a weight is not finite"
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
         torch.save(state, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
         self.saved_step = self.global_step
 
     def finish(self, agent):
         self.save()
         self.bar.close()
-        for number in self.handlers:
-            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
         for episode, episodic_return in enumerate(evaluate(agent, self.args, self.folder), start=1):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
 
-    def __enter__(self):
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def stop(self, number, frame):
-        self.stopping = True  # `log_step` raises KeyboardInterrupt: elsewhere a lock of the log may be held
-        signal.signal(number, signal.default_int_handler)  # a second one raises it at once
-
     def __exit__(self, error_type, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.bar.close()
-        if self.stopping or error_type is KeyboardInterrupt:
+        if error_type is KeyboardInterrupt:
             self.save()
-            command = ["python", sys.argv[0], "--resume", f"{self.folder}/checkpoint.pt"]
-            print("stopped; resume with:", shlex.join(command))
+            print(f"\nstopped; resume with: python {sys.argv[0]} --resume '{self.folder}/checkpoint.pt'")
             if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
                 sys.exit(130)
         self.writer.close()
 
 
 def main():
-    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the current directory
+    sys.path.insert(0, str(Path.cwd()))  # `my_env:MyEnv-v0` finds my_env.py in the current directory
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     torch.backends.cudnn.deterministic = True
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults

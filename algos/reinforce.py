@@ -9,28 +9,24 @@ expected return needs no model of the environment, only samples:
     reward-to-go   Φ_t = R_t = Σ_{k≥t} γ^{k-t} r_k      … only for what came after it, which is all it can change
     baseline       Φ_t = R_t - V(s_t)                   … and only for how that differs from the usual in this state
 
-What changes from one to the next adds nothing to g on average, only noise. So with γ = 1 all three follow the same
-gradient; what falls from one to the next is its variance, and with it the number of episodes that it takes to learn.
-(With γ < 1 the last two lack a factor γ^t, as in nearly every implementation: late steps count for more than in the
-gradient of E[R(τ)].) V is a network too, fitted to the returns R_t by regression.
+With γ = 1 all three give the same gradient on average; what falls from one to the next is its variance, and with it the
+number of episodes that it takes to learn. (With γ < 1 the last two lack a factor γ^t, as in nearly every
+implementation.) V is a network too, fitted to the returns R_t by regression.
 
 R. J. Williams: Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning, Machine
 Learning 8, 1992. R. S. Sutton, A. G. Barto: Reinforcement Learning, 2nd edition, 2018, chapter 13.
 
     python algos/reinforce.py --env-id CartPole-v1
     python algos/reinforce.py --env-id CartPole-v1 --weight total-return
-    python algos/reinforce.py --env-id Acrobot-v1
 """
 
-import os
-import shlex
 import signal
 import sys
-import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -55,13 +51,9 @@ class Args:
     gamma: float = 0.99  # discount γ
     weight: Literal["total-return", "reward-to-go", "baseline"] = "baseline"  # Φ, the weight of ∇ log π
     norm_weight: bool = False  # standardise Φ over each update: helps all three on CartPole, but biases g a little
-    critic_updates: int = 10  # epochs of the critic's regression on the returns of each update (baseline only)
-    num_minibatches: int = 1  # minibatches per epoch of the regression (baseline only)
-    log_gradient_variance: bool = False  # measure how much the episodes' gradients differ: a backward pass for each
+    critic_updates: int = 10  # gradient steps of the critic on the returns of each update (baseline only)
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
-    norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10 (biases g)
-
-    # shared: arguments
+    norm_reward: bool = False  # divide returns by their running std
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -77,16 +69,9 @@ class Args:
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
 
     def __post_init__(self):
-        if min(self.num_envs, self.eval_episodes, self.checkpoint_interval, *self.hidden_sizes) < 1:
-            fail("--num-envs, --eval-episodes, --checkpoint-interval and --hidden-sizes must be at least 1")
-        if not (0 <= self.seed < 200_000 and 0 < self.learning_rate < np.inf and 0 <= self.gamma <= 1):
-            fail("--seed must be from 0 to 199999, --learning-rate positive, and --gamma from 0 to 1")
-        for package in ["wandb"] * self.track + ["moviepy"] * self.capture_video:
-            if find_spec(package) is None:
-                fail(f"--track and --capture-video need a package: pip install {package}")
-        # shared: end
-        if min(self.critic_updates, self.num_minibatches) < 1:
-            fail("--critic-updates and --num-minibatches must be at least 1")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not (0 <= value < np.inf or name == "log_std_init"):
+                fail(f"--{name.replace('_', '-')} must be finite and not negative, not {value}")
 
 
 # ==== shared: networks
@@ -135,19 +120,13 @@ class RunningMeanStd(nn.Module):
 
 
 class Agent(nn.Module):
-    """Policy π(a|s), categorical or diagonal Gaussian, and value function V(s).
-
-    obs_space: a Box of vectors, or of uint8 images (three axes), whose features actor and critic share.
-    action_space: Discrete, or a Box of floats, in whose bounded axes the Gaussian works in [-1, 1].
-    """
+    """Policy π(a|s), categorical or Gaussian, and value function V(s), of vectors or images (three axes)."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.obs_space, self.action_space = obs_space, action_space
         self.is_image = len(obs_space.shape) == 3
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
-        if self.is_image and args.norm_obs:
-            fail("--norm-obs is for vectors; images are divided by 255 anyway")
         self.obs_stats = RunningMeanStd(*obs_space.shape) if args.norm_obs else None
         self.return_stats = RunningMeanStd() if args.norm_reward else None
         if self.is_discrete:
@@ -155,53 +134,46 @@ class Agent(nn.Module):
         elif isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
             num_outputs = int(np.prod(action_space.shape))
             self.log_std = nn.Parameter(torch.full((num_outputs,), args.log_std_init))
-            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)
+            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
         else:
             fail(f"{Path(__file__).name} takes Discrete or float Box actions; no file takes {action_space}")
-        if self.is_image:
-            self.encoder = nature_cnn(*self.preprocess(obs_space.low).shape)
-            num_features, hidden_sizes = 512, ()
-        else:
-            self.encoder = nn.Identity()
-            num_features, hidden_sizes = obs_space.shape[0], args.hidden_sizes
+        shape = self.preprocess(obs_space.low).shape
+        self.encoder = nature_cnn(*shape) if self.is_image else nn.Identity()
+        num_features, hidden_sizes = (512, ()) if self.is_image else (shape[0], args.hidden_sizes)
         self.actor = mlp(num_features, hidden_sizes, num_outputs, 0.01)  # at first nearly uniform, or of mean 0
-        self.critic = mlp(num_features, hidden_sizes, 1, 1.0)
+        self.critic = nn.Sequential(*mlp(num_features, hidden_sizes, 1, 1.0), nn.Flatten(0))  # (B,), not (B, 1)
 
     def preprocess(self, obs):
         """Arrays (..., *obs_space.shape) as the networks take them: float32, bytes in [0, 1], images channels first."""
-        x = obs.astype(np.float32) / (255 if obs.dtype == np.uint8 else 1)
+        x = obs / np.float32(255) if obs.dtype == np.uint8 else obs.astype(np.float32)
         if self.obs_stats is not None:
             mean, var = self.obs_stats.mean.numpy(force=True), self.obs_stats.var.numpy(force=True)
             x = ((obs - mean) / np.sqrt(var + 1e-8)).clip(-10, 10).astype(np.float32)
         channels_last = self.is_image and self.obs_space.shape[2] < self.obs_space.shape[0]
         return np.moveaxis(x, -1, -3) if channels_last else x
 
-    def forward(self, x):
-        """π(·|s) as a torch distribution, and V(s), shape (B,), of preprocessed observations x."""
-        features = self.encoder(x)
+    def policy(self, features):
+        """π(·|s) as a torch distribution, of features = encoder(x)."""
         output = self.actor(features)
         if self.is_discrete:
-            policy = Categorical(logits=output, validate_args=False)
-        else:
-            policy = Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
-        return policy, self.critic(features).squeeze(-1)
+            return Categorical(logits=output, validate_args=False)
+        return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def numpy_policy(self, rng=None):
         """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...): three times as fast as torch here."""
-        linears = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
-        weights = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in linears]
+        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.actor[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
         def act(obs):
             x = self.preprocess(obs)
             if self.is_image:
                 with torch.inference_mode():
-                    x = self.encoder(torch.as_tensor(x, device=linears[0].weight.device)).numpy(force=True)
-            for weight, bias in weights[:-1]:
+                    x = self.encoder(torch.as_tensor(x, device=self.actor[0].weight.device)).numpy(force=True)
+            for weight, bias in layers[:-1]:
                 x = np.tanh(x @ weight + bias)
-            output = x @ weights[-1][0] + weights[-1][1]
+            output = x @ layers[-1][0] + layers[-1][1]
             if rng is not None and self.is_discrete:
                 output = output + rng.gumbel(size=output.shape)  # the argmax is then a sample of the softmax
             elif rng is not None:
@@ -223,8 +195,7 @@ class Agent(nn.Module):
 def rewards_to_go(rewards, gamma):
     """R_t = Σ_{k≥t} γ^{k-t} r_k, (T, N), of rewards (T, N). A column is one episode, and zeros after it.
 
-    Nothing is added for what a time limit cuts off: the objective is the return within the limit, which is also what
-    the evaluation measures, and g is unbiased for that. To add an estimate of the rest is to trust V (see a2c.py).
+    Nothing is added for what a time limit cuts off: g is unbiased for the return within the limit, as evaluated.
     """
     returns, R = np.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
@@ -235,34 +206,8 @@ def rewards_to_go(rewards, gamma):
 
 def reinforce_loss(agent, x, actions, weights, num_episodes):
     """Its gradient is -g, of all B steps of some episodes; actions and weights Φ are (B, ...)."""
-    policy, _ = agent(x)
+    policy = agent.policy(agent.encoder(x))
     return -(policy.log_prob(actions) * weights).sum() / num_episodes
-
-
-def gradient_variance(agent, parameters, x, actions, weights, episodes):
-    """The variance of the gradients of single episodes, summed over all parameters. episodes: (B,), of each step."""
-    gradients = []
-    for n in np.unique(episodes):
-        i = torch.as_tensor(np.flatnonzero(episodes == n), device=x.device)
-        loss = reinforce_loss(agent, x[i], actions[i], weights[i], num_episodes=1)
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
-    return torch.stack(gradients).var(0, correction=min(1, len(gradients) - 1)).sum().item()
-
-
-def fit_critic(agent, optimizer, x, returns, rng, args):
-    """Fit V to the returns R̂ of B transitions by least squares, in epochs of minibatches; the mean loss of the last."""
-    with torch.no_grad():  # images: the features belong to the policy, which must not move here
-        features = agent.encoder(x)
-    for _ in range(args.critic_updates):
-        order = torch.as_tensor(rng.permutation(len(x)), device=x.device)
-        losses = []
-        for i in order.tensor_split(min(args.num_minibatches, len(x))):
-            loss = (agent.critic(features[i]).squeeze(-1) - returns[i]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-    return torch.stack(losses).mean().item()
 
 
 def train(args):
@@ -271,88 +216,74 @@ def train(args):
     torch.manual_seed(args.seed)
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    parameters = [x for name, x in agent.named_parameters() if not name.startswith("critic")]  # θ
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
+    theta = [x for name, x in agent.named_parameters() if not name.startswith("critic")]  # θ, of the policy
+    optimizer = torch.optim.Adam(theta, lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     N = args.num_envs
 
     with Run(args, agent=agent, optimizer=optimizer, critic_optimizer=critic_optimizer) as run:
-        for each in (optimizer, critic_optimizer):
-            each.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
-        seed = np.random.SeedSequence(args.seed + run.global_step).spawn(1)[0]  # not the stream of an environment
-        rng = np.random.default_rng(seed)
+        seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
+        rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
         while run.global_step + N <= args.total_timesteps:
             # 1. Play a whole episode in each environment. Those that have ended go on, unrecorded, until the last has:
             # to take the first N episodes that end, whichever environment they are from, would favour short ones.
-            first_step = run.global_step
-            next_obs, _ = envs.reset(seed=args.seed + first_step)
+            learning_rate = args.learning_rate * (1 - args.anneal_lr * run.global_step / args.total_timesteps)
+            next_obs, _ = envs.reset(seed=args.seed + run.global_step)
             obs, actions, rewards, valid = [], [], [], []  # a list of T arrays (N, ...) each
             active = np.ones(N, bool)
             act = agent.numpy_policy(rng)
-            while active.any() and run.global_step + N <= args.total_timesteps:
+            while active.any() and run.global_step + N <= args.total_timesteps:  # the last ones may be cut
                 obs.append(next_obs)
                 valid.append(active)
                 actions.append(act(next_obs))
                 next_obs, reward, terminated, truncated, _ = envs.step(agent.to_env(actions[-1]))
                 rewards.append(np.float32(reward * active))
-                ended = active & (terminated | truncated)
-                run.log_step(rewards[-1], active, ended)
-                active = active & ~ended
-            if active.any():  # these episodes are not whole, and nothing is learned from them
-                print(f"the last {run.global_step - first_step} steps were too few for whole episodes", file=sys.stderr)
-                break
+                run.log_step(rewards[-1], active, active & (terminated | truncated))
+                active = active & ~(terminated | truncated)
             rewards, valid = np.stack(rewards), np.stack(valid)
             b_obs = np.stack(obs)[valid]
             b_x = torch.as_tensor(agent.preprocess(b_obs), device=device)
             b_actions = torch.as_tensor(np.stack(actions)[valid], device=device)
 
             # 2. The returns R_t, and from them the weights Φ_t.
-            scaled = rewards
+            returns = rewards_to_go(rewards, args.gamma)
             if args.norm_reward:
-                discounted, discounted_return = np.zeros_like(rewards), 0.0
-                for t in range(len(rewards)):
-                    discounted_return = rewards[t] + args.gamma * discounted_return
-                    discounted[t] = discounted_return
-                agent.return_stats.update(discounted[valid])
-                scaled = np.clip(rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8), -10, 10)
-            returns = rewards_to_go(scaled, args.gamma)
+                agent.return_stats.update(returns[valid])
+                returns = returns / (agent.return_stats.var.item() ** 0.5 + 1e-8)
             with torch.no_grad():
-                policy, b_values = agent(b_x)
-            weights = returns.copy()
+                features = agent.encoder(b_x)
+                entropy, b_values = agent.policy(features).entropy().mean(), agent.critic(features)
+            b_returns = torch.as_tensor(returns[valid], device=device)
+            b_weights = b_returns
             if args.weight == "total-return":
-                weights[:] = returns[0]
+                b_weights = torch.as_tensor(np.broadcast_to(returns[0], returns.shape)[valid], device=device)
             elif args.weight == "baseline":
-                weights[valid] -= b_values.numpy(force=True)
+                b_weights = b_returns - b_values
             if args.norm_weight:
-                weights = (weights - weights[valid].mean()) / (weights[valid].std() + 1e-8)
-            b_returns = torch.as_tensor(returns[valid], dtype=torch.float32, device=device)
-            b_weights = torch.as_tensor(weights[valid], dtype=torch.float32, device=device)
+                b_weights = (b_weights - b_weights.mean()) / (b_weights.std(correction=0) + 1e-8)
 
-            # 3. θ ← θ + α g; then fit V to R_t. V must not know these episodes when it weighs them: g would be biased.
-            if args.anneal_lr:
-                learning_rate = args.learning_rate * (1 - first_step / args.total_timesteps)
-                optimizer.param_groups[0]["lr"] = critic_optimizer.param_groups[0]["lr"] = learning_rate
-            scalars = {
-                "losses/entropy": policy.entropy().mean().item(),
-                "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            }
-            if args.log_gradient_variance:
-                episodes = np.nonzero(valid)[1]
-                variance = gradient_variance(agent, parameters, b_x, b_actions, b_weights, episodes)
-                scalars["losses/gradient_variance"] = variance
+            # 3. θ ← θ + α g.
+            optimizer.param_groups[0]["lr"] = learning_rate
             loss = reinforce_loss(agent, b_x, b_actions, b_weights, num_episodes=N)
             optimizer.zero_grad()
-            loss.backward(inputs=parameters)
+            loss.backward(inputs=theta)
             optimizer.step()
+
+            # 4. Fit V to R_t. Not before 3: a V that knows these episodes would bias g.
+            scalars = {"losses/policy_loss": loss.item(), "losses/entropy": entropy.item()}
             if args.weight == "baseline":
-                scalars["losses/value_loss"] = fit_critic(agent, critic_optimizer, b_x, b_returns, rng, args)
-                errors = (b_returns - b_values).var().item()
-                scalars["losses/explained_variance"] = 1 - errors / (b_returns.var().item() + 1e-8)
+                scalars["losses/value_loss"] = (b_returns - b_values).square().mean().item()
+                critic_optimizer.param_groups[0]["lr"] = learning_rate
+                for _ in range(args.critic_updates):
+                    critic_loss = (agent.critic(features) - b_returns).square().mean()
+                    critic_optimizer.zero_grad()
+                    critic_loss.backward()
+                    critic_optimizer.step()
             if args.norm_obs:  # only now: everything above has seen the same statistics
                 agent.obs_stats.update(b_obs)
 
-            # 4. Log, and save when due.
-            scalars["losses/policy_loss"] = loss.item()
+            # 5. Log, and save when due.
+            scalars["charts/learning_rate"] = learning_rate
             run.log_update(scalars, observations=b_obs, rewards=rewards)
         run.finish(agent)
     envs.close()
@@ -367,10 +298,9 @@ def fail(message):
 
 def select_device(name):
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        torch.zeros(1, device=name).item()  # raises if there is none
-        return torch.device(name)
+        return torch.zeros(1, device=name).device  # raises if there is none
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} cannot be used: {error}")
 
@@ -378,9 +308,7 @@ def select_device(name):
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
     is_atari = args.env_id.startswith("ALE/")
-    options = {"vectorization_mode": "sync" if num_envs == 1 and not is_atari else None}  # None: its own vector form
-    if args.async_envs and not is_atari:
-        options["vectorization_mode"] = "async"
+    options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
@@ -392,7 +320,7 @@ def make_envs(args, num_envs, eval_folder=None):
     try:
         envs = gym.make_vec("ale_py:" * is_atari + args.env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
-        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36 <= space.shape[1]
+        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
         if not is_image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
@@ -406,7 +334,7 @@ def evaluate(agent, args, folder):
     """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
     envs = make_envs(args, 1, eval_folder=folder)
     act, returns = agent.numpy_policy(), []
-    for episode in tqdm(range(args.eval_episodes), desc="evaluation"):
+    for episode in tqdm(range(args.eval_episodes), desc="evaluation (up to 27,000 steps each)"):
         obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + episode)
         returns.append(0.0)
         for _ in range(27_000):  # half an hour of Atari
@@ -414,8 +342,6 @@ def evaluate(agent, args, folder):
             returns[-1] += rewards.item()
             if terminated or truncated:
                 break
-        if not (terminated or truncated):
-            print("evaluation: an episode was cut after 27,000 steps", file=sys.stderr)
     envs.close()
     result = f"mean_return={np.mean(returns):.2f} std={np.std(returns):.2f} episodes={len(returns)}"
     print(f"eval: {result} checkpoint={folder}/checkpoint.pt")
@@ -434,33 +360,27 @@ def load_checkpoint(path, **modules):
         fail(f"cannot use {path} as a checkpoint of {Path(__file__).name}: {error}")
 
 
-class Run:
+class Run(AbstractContextManager):
     """A run's folder with log and checkpoint, and its progress bar. modules: what the checkpoint keeps, by name."""
 
     def __init__(self, args, **modules):
         self.args, self.modules, self.global_step = args, modules, 0
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
+        self.folder = Path(args.log_dir) / name.replace("/", "-").replace(":", "-")
         if args.resume:
             self.folder = Path(args.resume).parent
             self.global_step = load_checkpoint(args.resume, **modules)["global_step"]
-        else:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
-            self.folder = Path(args.log_dir) / name.replace("/", "-").replace(":", "-")
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         if args.track:
-            import wandb
-
-            wandb.init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
+            import_module("wandb").init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.episodic_return, self.episodic_length = np.zeros((2, args.num_envs))  # of the episodes under way
         self.returns = []  # of those that have ended
-        self.next_log, self.stopping = 0, False
         self.save()
 
     def log_step(self, rewards, valid, ended):
-        if self.stopping:
-            raise KeyboardInterrupt
         self.global_step += len(rewards)
         self.episodic_return += rewards
         self.episodic_length += valid
@@ -473,11 +393,9 @@ class Run:
     def log_update(self, scalars, **inputs):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
         for name, values in (inputs | scalars).items():
-            if not np.isfinite(values).all():
-                raise FloatingPointError(f"{name} not finite at step {self.global_step}; is --learning-rate too high?")
-        if self.global_step < self.next_log:
+            assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; a lower --learning-rate?"
+        if self.global_step < self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
             return
-        self.next_log = self.global_step + self.args.total_timesteps // 1000  # a thousand points make a curve
         scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.global_step)
@@ -488,47 +406,31 @@ class Run:
 
     def save(self):
         """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
-        if not all(x.isfinite().all() for x in self.modules["agent"].state_dict().values()):
-            raise FloatingPointError("a weight is not finite; is --learning-rate too high?")
+        assert all(x.isfinite().all() for x in self.modules["agent"].parameters()), "a weight is not finite"
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
         torch.save(state, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
         self.saved_step = self.global_step
 
     def finish(self, agent):
         self.save()
         self.bar.close()
-        for number in self.handlers:
-            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
         for episode, episodic_return in enumerate(evaluate(agent, self.args, self.folder), start=1):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
 
-    def __enter__(self):
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def stop(self, number, frame):
-        self.stopping = True  # `log_step` raises KeyboardInterrupt: elsewhere a lock of the log may be held
-        signal.signal(number, signal.default_int_handler)  # a second one raises it at once
-
     def __exit__(self, error_type, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.bar.close()
-        if self.stopping or error_type is KeyboardInterrupt:
+        if error_type is KeyboardInterrupt:
             self.save()
-            command = ["python", sys.argv[0], "--resume", f"{self.folder}/checkpoint.pt"]
-            print("stopped; resume with:", shlex.join(command))
+            print(f"\nstopped; resume with: python {sys.argv[0]} --resume '{self.folder}/checkpoint.pt'")
             if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
                 sys.exit(130)
         self.writer.close()
 
 
 def main():
-    sys.path.insert(0, os.getcwd())  # `my_env:MyEnv-v0` finds my_env.py in the current directory
+    sys.path.insert(0, str(Path.cwd()))  # `my_env:MyEnv-v0` finds my_env.py in the current directory
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     torch.backends.cudnn.deterministic = True
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ALGOS = Path(__file__).resolve().parent.parent / "algos"
 BLOCKS = {
-    "arguments": r"    # shared: arguments\n.*?^        # shared: end\n",
+    "arguments": r"    env_id: .*?(?=^\n\n# ==== )",
     "networks": r"# ==== shared: networks\n.*?(?=^# ==== )",
     "collect": r"            # 1\. Collect T steps .*?(?=^            # 2\. )",
     "plumbing": r"# ==== shared: plumbing.*\Z",
