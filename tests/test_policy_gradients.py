@@ -76,9 +76,25 @@ def keys(x):
     return [tuple(map(int, row)) for row in x]
 
 
+def look(agent, x):
+    """π(·|s) and V(s) of preprocessed observations."""
+    features = agent.encoder(torch.as_tensor(x, dtype=torch.float32))
+    return agent.policy(features), agent.critic(features)
+
+
+class Look(nn.Module):
+    """The policy as a module, which functional_call wants."""
+
+    def __init__(self, agent):
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, x):
+        return look(self.agent, x)[0]
+
+
 def value_of(agent, x):
-    with torch.no_grad():
-        return agent(torch.as_tensor(np.array(x), dtype=torch.float32))[1].numpy()
+    return look(agent, x)[1].detach().numpy()
 
 
 def watch(module, patch):
@@ -99,53 +115,38 @@ def watch(module, patch):
 
         patch.setattr(ppo, "ppo_loss", spy)
     if module is a2c:
-        original, forward = a2c.a2c_loss, a2c.Agent.forward
+        original, policy = a2c.a2c_loss, a2c.Agent.policy
 
-        def spy_on_forward(agent, x):
-            inputs.append((agent, x))
-            return forward(agent, x)
+        def spy_on_policy(agent, features):
+            inputs.append((agent, features))  # of vectors, which are their own features
+            return policy(agent, features)
 
         def spy(log_probs, entropy, values, advantages, returns, args):
             agent, x = inputs[-1]
             real = {(step.env, step.episode, step.step) for step in Trace.log}
-            x = x[[key in real for key in keys(x)]] if Trace.log else x
-            see(agent, x, advantages=advantages, returns=returns)
+            see(agent, x[[key in real for key in keys(x)]], advantages=advantages, returns=returns)
             batches[-1].log_probs, batches[-1].entropy, batches[-1].values = log_probs, entropy, values
             return keep_gradient(agent, original(log_probs, entropy, values, advantages, returns, args))
 
-        patch.setattr(a2c.Agent, "forward", spy_on_forward)
+        patch.setattr(a2c.Agent, "policy", spy_on_policy)
         patch.setattr(a2c, "a2c_loss", spy)
     if module is trpo:
         step = trpo.trust_region_step
 
         def spy(agent, parameters, x, actions, advantages, args):
             see(agent, x, actions=actions, advantages=advantages)
-            batches[-1].scalars = step(agent, parameters, x, actions, advantages, args)
-            batches[-1].after = copy.deepcopy(agent)
-            return batches[-1].scalars
+            return step(agent, parameters, x, actions, advantages, args)
 
         patch.setattr(trpo, "trust_region_step", spy)
     if module is reinforce:
         loss = reinforce.reinforce_loss
 
         def spy(agent, x, actions, weights, num_episodes):
-            if num_episodes > 1:  # else it is from the gradient's variance
-                see(agent, x, actions=actions, advantages=weights)
-                batches[-1].num_episodes = num_episodes
+            see(agent, x, actions=actions, advantages=weights)
+            batches[-1].num_episodes = num_episodes
             return loss(agent, x, actions, weights, num_episodes)
 
         patch.setattr(reinforce, "reinforce_loss", spy)
-    if module in (trpo, reinforce):
-        fit = module.fit_critic
-
-        def spy_on_fit(agent, optimizer, x, returns, rng, args):
-            assert torch.equal(x, batches[-1].x)
-            batches[-1].returns = returns
-            batches[-1].value_loss = fit(agent, optimizer, x, returns, rng, args)
-            batches[-1].fitted = copy.deepcopy(agent)
-            return batches[-1].value_loss
-
-        patch.setattr(module, "fit_critic", spy_on_fit)
 
     def keep_gradient(agent, results):
         gradients = torch.autograd.grad(results[0], list(agent.parameters()), retain_graph=True)
@@ -202,7 +203,7 @@ def test_ppo_loss():
     x, actions = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
     ratio, A = torch.tensor([0.5, 0.9, 1.5, 0.5, 1.1, 1.5]), torch.tensor([1.0, 2.0, 3.0, -4.0, -5.0, -6.0])
     objective = torch.tensor([0.5, 1.8, 1.2 * 3, 0.8 * -4, -5.5, -9.0])
-    policy, values = agent(x)
+    policy, values = look(agent, x)
     returns = torch.randn(6)
     batch = x, actions, policy.log_prob(actions).detach() - ratio.log(), A, returns
     loss, policy_loss, value_loss, entropy, log_ratio = ppo.ppo_loss(agent, *batch, args)
@@ -240,7 +241,7 @@ def test_running_mean_and_variance_are_those_of_all_rows():
 
 def test_discrete_actions_follow_the_softmax_and_without_rng_are_the_most_likely():
     agent, obs = make_agent(action_space=spaces.Discrete(4)), np.ones((40_000, 3), np.float32)
-    probabilities = agent(torch.ones(1, 3))[0].probs[0].detach().numpy()
+    probabilities = look(agent, torch.ones(1, 3))[0].probs[0].detach().numpy()
     frequencies = np.bincount(agent.numpy_policy(np.random.default_rng(0))(obs), minlength=4) / len(obs)
     chi_square = (len(obs) * (frequencies - probabilities) ** 2 / probabilities).sum()
     assert chi_square < 16.3  # three degrees of freedom: exceeded by chance once in a thousand
@@ -250,7 +251,7 @@ def test_discrete_actions_follow_the_softmax_and_without_rng_are_the_most_likely
 def test_box_actions_follow_the_gaussian_and_without_rng_are_its_mean():
     agent, obs = make_agent(action_space=spaces.Box(-1, 1, (3,)), log_std_init=-1.5), np.ones((40_000, 3), np.float32)
     assert ppo.Agent(VECTOR, spaces.Box(-9, 9, (1,)), ppo.Args(log_std_init=-1.5)).log_std.tolist() == [-1.5]
-    policy, _ = agent(torch.ones(1, 3))
+    policy, _ = look(agent, torch.ones(1, 3))
     mean, std = policy.mean[0].detach(), policy.stddev[0].detach()
     torch.testing.assert_close(std, agent.log_std.exp())
     z = (torch.as_tensor(agent.numpy_policy(np.random.default_rng(0))(obs)) - mean) / std
@@ -263,13 +264,11 @@ def test_box_actions_follow_the_gaussian_and_without_rng_are_its_mean():
 @pytest.mark.parametrize("hidden_sizes", [(), (16, 8, 8)])
 @pytest.mark.parametrize("norm_obs", [False, True])
 def test_numpy_and_torch_agree(obs_space, hidden_sizes, norm_obs):
-    if norm_obs and obs_space == IMAGE:
-        pytest.skip("refused")
     agent = make_agent(obs_space, spaces.Box(-1, 1, (2,)), hidden_sizes=hidden_sizes, norm_obs=norm_obs)
     if norm_obs:
-        agent.obs_stats.update(np.random.default_rng(0).normal(50, 100, (20, 3)))
+        agent.obs_stats.update(np.random.default_rng(0).normal(50, 100, (20, *obs_space.shape)))
     obs = np.stack([obs_space.sample() for _ in range(6)])
-    expected = agent(torch.as_tensor(agent.preprocess(obs)))[0].mean.detach().numpy()
+    expected = look(agent, agent.preprocess(obs))[0].mean.detach().numpy()
     np.testing.assert_allclose(agent.numpy_policy()(obs), expected, rtol=1e-3, atol=1e-4)
     assert len([layer for layer in agent.actor if isinstance(layer, nn.Linear)]) == (
         1 if obs_space == IMAGE else len(hidden_sizes) + 1
@@ -291,14 +290,14 @@ def test_preprocessing():
 @pytest.mark.parametrize("obs_space", [VECTOR, IMAGE])
 def test_weights_start_orthogonal_and_only_features_are_shared(obs_space):
     agent = ppo.Agent(obs_space, spaces.Discrete(4), ppo.Args(hidden_sizes=(32, 16)))
-    gains = {agent.actor[-1]: 0.01, agent.critic[-1]: 1.0}
+    gains = {agent.actor[-1]: 0.01, agent.critic[-2]: 1.0}
     for layer in (layer for layer in agent.modules() if isinstance(layer, nn.Linear | nn.Conv2d)):
         weight = layer.weight.flatten(1)
         weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
         gram = gains.get(layer, 2**0.5) ** 2 * torch.eye(len(weight))
         torch.testing.assert_close(weight @ weight.T, gram, atol=1e-4, rtol=1e-4)
         assert not layer.bias.any()
-    policy, values = agent(torch.as_tensor(agent.preprocess(np.ones((2, *obs_space.shape), obs_space.dtype))))
+    policy, values = look(agent, agent.preprocess(np.ones((2, *obs_space.shape), obs_space.dtype)))
     names, parameters = zip(*agent.named_parameters(), strict=True)
     for y, other in ((policy.logits[:, 0].sum(), "critic"), (values.sum(), "actor")):
         gradients = torch.autograd.grad(y, parameters, allow_unused=True, retain_graph=True)
@@ -359,7 +358,7 @@ def slow_advantages(agent, steps, rollout, gamma, gae_lambda, scale):
     ("env", "args"),
     [
         ("Trace-v0", dict(num_steps=17)),
-        ("Trace-v0", dict(gae_lambda=1.0, norm_adv=True)),
+        ("Trace-v0", dict(gae_lambda=1.0)),
         ("PaidResets-v0", dict(norm_reward=True)),
         ("Jackpot-v0", dict(norm_reward=True)),  # the jackpot is clipped
     ],
@@ -367,7 +366,7 @@ def slow_advantages(agent, steps, rollout, gamma, gae_lambda, scale):
 def test_batches(module, env, args, monkeypatch, tmp_path):
     """Each transition is in each epoch once, resets are in none, and all that goes with it is its own."""
     batches, gamma, T = watch(module, monkeypatch), 0.9, args.get("num_steps", 16)
-    args = dict(norm_adv=False, gae_lambda=0.7, gamma=gamma, learning_rate=1e-3) | args
+    args = dict(gae_lambda=0.7, gamma=gamma, learning_rate=1e-3) | args
     train(module, env, tmp_path, total_timesteps=8 * 4 * T, **args)
     steps = played(T)
     if module is ppo:
@@ -389,21 +388,22 @@ def test_batches(module, env, args, monkeypatch, tmp_path):
         expected = slow_advantages(batch.agent, steps, rollout, gamma, args["gae_lambda"], scale)
         assert sorted(order) == sorted(expected)
         advantages, returns = np.array([expected[key] for key in order]).T
-        if args["norm_adv"]:
+        if module is not a2c:
             advantages = (advantages - advantages.mean()) / advantages.std()
         np.testing.assert_allclose(batch.advantages, advantages, rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(batch.returns, returns, rtol=1e-3, atol=1e-3)
+        if module is not trpo:
+            np.testing.assert_allclose(batch.returns, returns, rtol=1e-3, atol=1e-3)
         actions = torch.tensor([steps[key].action for key in order])
         if module is not a2c:
             assert torch.equal(batch.actions, actions)
-        policy, values = batch.agent(batch.x)
+        policy, values = look(batch.agent, batch.x)
         if module is ppo:
             torch.testing.assert_close(batch.old_log_probs, policy.log_prob(actions).detach())
         if module is a2c:
             torch.testing.assert_close(batch.log_probs, policy.log_prob(actions))
             torch.testing.assert_close(batch.entropy, policy.entropy())
             torch.testing.assert_close(batch.values, values)
-        if not args["norm_adv"] and k % epochs == 0:
+        if module is ppo and k % epochs == 0:
             explained = 1 - np.var(returns - values.detach().numpy()) / np.var(returns)
             point = logged(tmp_path)["losses/explained_variance"][rollout]
             assert point == ((rollout + 1) * 4 * T, pytest.approx(explained, rel=1e-2, abs=1e-3))
@@ -436,7 +436,7 @@ def test_learning_rate(module, anneal_lr, monkeypatch, tmp_path):
     before = [0, *(x for x, _ in points[:-1])]  # environment steps before each update
     assert module is reinforce or before == [0, 64, 128, 192, 256]
     rates = [0.01 * (1 - x / 320 if anneal_lr and module is not trpo else 1) for x in before]
-    per_update = {a2c: 1, ppo: 6, reinforce: 7, trpo: 6}[module]  # epochs times minibatches, and reinforce's policy
+    per_update = {a2c: 1, ppo: 6, reinforce: 3, trpo: 6}[module]  # epochs times minibatches; reinforce: 1 + 2
     assert [step.lr for step in steps] == pytest.approx(np.repeat(rates, per_update).tolist())
     assert [y for _, y in points] == pytest.approx(rates)
 
@@ -455,7 +455,6 @@ def test_observation_statistics(module, monkeypatch, tmp_path):
     agent = train(module, "Trace-v0", tmp_path, norm_obs=True)
     steps, rows, expected = played(), [], [0.0]
     if module is reinforce:
-        groups = [list(group) for _, group in groupby(keys(steps), key=lambda key: (key[0] - 1) // 4)]
         starts = sorted({key[0] for key in steps})[::4]
         groups = [[k for k in steps if start <= k[0] < start + 4 and k[1] == 0] for start in starts][: len(batches)]
     else:
@@ -463,10 +462,7 @@ def test_observation_statistics(module, monkeypatch, tmp_path):
     for group in groups:
         rows += group
         expected.append(np.mean(rows, 0)[2])
-    means = [(mean, len(list(group))) for mean, group in groupby(uses)]
-    assert [mean for mean, _ in means] == pytest.approx(expected, rel=1e-4)
-    if module is not reinforce:  # a preprocessing for each step, one for the update, and one before all
-        assert [number for _, number in means[:-1]] == [18, 17, 17, 17, 17]
+    assert [mean for mean, _ in groupby(uses)] == pytest.approx(expected, rel=1e-4)
     np.testing.assert_allclose(agent.obs_stats.mean, np.mean(rows, 0), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(agent.obs_stats.var, np.var(rows, 0), rtol=1e-4, atol=1e-4)
 
@@ -503,7 +499,7 @@ def test_ratios_are_1_in_the_first_epoch_of_ppo_and_the_target_kl_ends_an_update
     train(ppo, "Trace-v0", tmp_path / "b", **args)
     kls, fractions = [], []
     for batch in batches:
-        log_ratio = (batch.agent(batch.x)[0].log_prob(batch.actions) - batch.old_log_probs).detach().double()
+        log_ratio = (look(batch.agent, batch.x)[0].log_prob(batch.actions) - batch.old_log_probs).detach().double()
         kls.append((log_ratio.exp() - 1 - log_ratio).mean().item())
         fractions.append(((log_ratio.exp() - 1).abs() > 0.1).double().mean().item())
     assert len(batches) == 4
@@ -516,6 +512,107 @@ def test_ratios_are_1_in_the_first_epoch_of_ppo_and_the_target_kl_ends_an_update
         assert len(batches) == epochs
 
 
+# ---- TRPO
+
+
+def test_conjugate_gradient_solves():
+    torch.manual_seed(0)
+    A = torch.randn(6, 6)
+    H, b = A @ A.T + torch.eye(6), torch.randn(6)
+    torch.testing.assert_close(trpo.conjugate_gradient(lambda v: H @ v, b, 20), torch.linalg.solve(H, b))
+
+
+@pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.Box(-1, 1, (2,))])
+def test_a_full_step_is_the_natural_gradient_of_the_explicit_fisher_matrix(action_space):
+    args = dict(hidden_sizes=(4,), line_search_steps=0, cg_iters=200, cg_damping=0.1, target_kl=0.01)
+    agent, args = make_agent(VECTOR, action_space, trpo, **args), trpo.Args(**args)
+    parameters = policy_of(agent)
+    x, advantages = torch.randn(60, 3), torch.randn(60)
+    old_policy, _ = look(agent, x)
+    actions = old_policy.sample()
+    scores = []
+    for b in range(60):
+        log_prob = look(agent, x[b : b + 1])[0].log_prob(actions[b : b + 1]).sum()
+        scores.append(parameters_to_vector(torch.autograd.grad(log_prob, parameters)))
+    g = (torch.stack(scores) * advantages[:, None]).mean(0)
+    frozen, theta = copy.deepcopy(agent), parameters_to_vector(parameters).detach()
+    names = [name for name, _ in agent.named_parameters() if not name.startswith("critic")]
+
+    def kl(vector):
+        pieces = vector.split([p.numel() for p in parameters])
+        weights = {n: piece.view_as(p) for n, piece, p in zip(names, pieces, parameters, strict=True)}
+        policy = torch.func.functional_call(Look(frozen), {f"agent.{n}": w for n, w in weights.items()}, (x,))
+        return torch.distributions.kl_divergence(look(frozen, x)[0], policy).mean()
+
+    H = torch.autograd.functional.hessian(kl, theta) + 0.1 * torch.eye(len(theta))
+    natural = torch.linalg.solve(H, g)
+    expected = theta + (2 * 0.01 / (natural @ H @ natural)).sqrt() * natural
+    trpo.trust_region_step(agent, parameters, x, actions, advantages, args)
+    torch.testing.assert_close(parameters_to_vector(parameters).detach(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.Box(-1, 1, (2,))])
+def test_the_kl_limit_holds_or_the_old_parameters_stay(action_space):
+    agent = make_agent(VECTOR, action_space, trpo)
+    parameters = policy_of(agent)
+    x, advantages = torch.randn(100, 3), torch.randn(100)
+    for delta in (0.01, 1.0, 100.0):
+        old = copy.deepcopy(agent)
+        actions = look(old, x)[0].sample()
+        log = trpo.trust_region_step(agent, parameters, x, actions, advantages, trpo.Args(target_kl=delta))
+        kl = torch.distributions.kl_divergence(look(old, x)[0], look(agent, x)[0]).mean().item()
+        assert kl <= delta
+        assert log["losses/kl"] == pytest.approx(kl, abs=1e-5)
+        assert log["losses/surrogate_improvement"] > 0 or kl == 0
+        assert all(torch.equal(p, q) for p, q in zip(old.critic.parameters(), agent.critic.parameters(), strict=True))
+    before = [p.clone() for p in parameters]
+    args = trpo.Args(target_kl=1e6, line_search_steps=1)  # a step far too long for the quadratic model
+    log = trpo.trust_region_step(agent, parameters, x, actions, advantages, args)
+    if log["losses/line_search_steps"] == 1:
+        assert all(torch.equal(p, q) for p, q in zip(before, parameters, strict=True))
+
+
+# ---- REINFORCE
+
+
+def test_rewards_to_go():
+    rewards = np.array([[1.0, 2.0], [3.0, 0.0], [5.0, 0.0]])
+    np.testing.assert_allclose(reinforce.rewards_to_go(rewards, 0.5), [[1 + 1.5 + 1.25, 2], [3 + 2.5, 0], [5, 0]])
+
+
+def test_the_gradient_is_the_mean_over_episodes():
+    agent = make_agent(module=reinforce)
+    x, actions, weights = torch.randn(9, 3), torch.randint(3, (9,)), torch.randn(9)
+    loss = reinforce.reinforce_loss(agent, x, actions, weights, num_episodes=3)
+    log_probs = torch.log_softmax(agent.actor(x), 1)[range(9), actions]
+    torch.testing.assert_close(loss, -sum(w * y for w, y in zip(weights, log_probs, strict=True)) / 3)
+
+
+@pytest.mark.parametrize("norm_reward", [False, True])
+@pytest.mark.parametrize("weight", ["total-return", "reward-to-go", "baseline"])
+def test_reinforce_weighs_whole_episodes_one_of_each_environment(weight, norm_reward, monkeypatch, tmp_path):
+    batches = watch(reinforce, monkeypatch)
+    args = dict(total_timesteps=100, gamma=0.9, weight=weight, norm_reward=norm_reward)
+    train(reinforce, "Trace-v0", tmp_path, **args)
+    steps = {(s.env, s.episode, s.step): s for s in Trace.log if s.env < 10**6}
+    returns, all_returns = {}, []
+    for key, step in steps.items():
+        future = [other.reward for other in steps.values() if other[:2] == step[:2] and other.step >= step.step]
+        returns[key] = sum(0.9**k * reward for k, reward in enumerate(future))
+    for batch in batches[:-1]:  # the last is cut off by the end of the budget
+        mine = keys(batch.x)
+        envs = {env for env, _, _ in mine}
+        assert envs == set(range(min(envs), min(envs) + 4))
+        assert sorted(mine) == sorted(key for key in steps if key[0] in envs and key[1] == 0)
+        assert batch.num_episodes == 4
+        all_returns += [returns[key] for key in mine]
+        scale = np.std(all_returns) if norm_reward else 1
+        for key, w, value in zip(mine, batch.advantages, value_of(batch.agent, batch.x), strict=True):
+            expected = returns[key[0], 0, 0 if weight == "total-return" else key[2]] / scale
+            assert w == pytest.approx(expected - (value if weight == "baseline" else 0), rel=1e-3, abs=1e-3)
+        assert batch.actions.tolist() == [steps[key].action for key in mine]
+
+
 # ---- learning where the best policy is known
 
 LEARNING = {
@@ -526,7 +623,7 @@ LEARNING = {
 }
 LEARNING[ppo] |= dict(hidden_sizes=(64, 64))
 LEARNING[trpo] |= dict(hidden_sizes=(64, 64))
-LEARNING[reinforce] |= dict(norm_weight=True, num_minibatches=1)
+LEARNING[reinforce] |= dict(norm_weight=True)
 PICTURES = {
     a2c: dict(learning_rate=1e-3, total_timesteps=1600),
     ppo: dict(learning_rate=1e-3, update_epochs=4, total_timesteps=1024),
