@@ -74,8 +74,9 @@ class Args:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and not (0 <= value < np.inf or name == "log_std_init"):
-                fail(f"--{name.replace('_', '-')} must be finite and not negative, not {value}")
+            low = 1 if type(value) is int and name not in ("seed", "learning_starts", "line_search_steps") else 0
+            if isinstance(value, int | float) and name != "log_std_init" and not low <= value < np.inf:
+                fail(f"--{name.replace('_', '-')} must be at least {low} and finite, not {value}")
 
 
 # ==== networks
@@ -185,8 +186,8 @@ def train(args):
     actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     N, A = args.num_envs, agent.num_actions
-    if min(args.batch_size, args.buffer_size) < 1 or args.total_timesteps // N * N < max(args.learning_starts, N):
-        fail(f"--batch-size, --buffer-size must be at least 1, --total-timesteps reach --learning-starts in {N}s")
+    if args.total_timesteps // N * N < max(args.learning_starts, N):
+        fail(f"--total-timesteps must reach --learning-starts in multiples of {N} steps")
     buffer = ReplayBuffer(args.buffer_size, envs.single_observation_space.shape[0], A)
 
     modules = {"agent": agent, "target": target}
@@ -354,13 +355,12 @@ class Run(AbstractContextManager):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
         for name, values in (inputs | scalars).items():
             assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; a lower --learning-rate?"
-        if self.global_step < self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
-            return
-        scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, self.global_step)
-        self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}" if self.returns else "", refresh=False)
-        self.bar.update(self.global_step - self.bar.n)
+        if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
+            scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, self.global_step)
+            self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}" if self.returns else "", False)
+            self.bar.update(self.global_step - self.bar.n)
         if self.global_step >= self.saved_step + self.args.checkpoint_interval:
             self.save()
 

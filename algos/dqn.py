@@ -85,8 +85,9 @@ class Args:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and not (0 <= value < np.inf or name == "log_std_init"):
-                fail(f"--{name.replace('_', '-')} must be finite and not negative, not {value}")
+            low = 1 if type(value) is int and name not in ("seed", "learning_starts", "line_search_steps") else 0
+            if isinstance(value, int | float) and name != "log_std_init" and not low <= value < np.inf:
+                fail(f"--{name.replace('_', '-')} must be at least {low} and finite, not {value}")
 
 
 # ==== networks
@@ -240,8 +241,8 @@ def train(args):
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     N, num_actions = args.num_envs, int(envs.single_action_space.n)
     T = max(args.train_frequency // N, 1)  # steps of each environment between updates
-    if min(args.batch_size, args.gradient_steps, args.target_network_frequency, args.buffer_size // (2 * N)) < 1:
-        fail("--batch-size, --gradient-steps, --target-network-frequency must be at least 1, --buffer-size twice N")
+    if args.buffer_size < 2 * N:
+        fail("--buffer-size must be at least twice --num-envs")
     if args.total_timesteps // (T * N) * T * N < max(args.learning_starts, T * N):
         fail(f"--total-timesteps must reach --learning-starts in multiples of {T * N} steps")
     stack = 4 if args.env_id.startswith("ALE/") else 1
@@ -402,13 +403,12 @@ class Run(AbstractContextManager):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
         for name, values in (inputs | scalars).items():
             assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; a lower --learning-rate?"
-        if self.global_step < self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
-            return
-        scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, self.global_step)
-        self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}" if self.returns else "", refresh=False)
-        self.bar.update(self.global_step - self.bar.n)
+        if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
+            scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, self.global_step)
+            self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}" if self.returns else "", False)
+            self.bar.update(self.global_step - self.bar.n)
         if self.global_step >= self.saved_step + self.args.checkpoint_interval:
             self.save()
 

@@ -72,8 +72,9 @@ class Args:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and not (0 <= value < np.inf or name == "log_std_init"):
-                fail(f"--{name.replace('_', '-')} must be finite and not negative, not {value}")
+            low = 1 if type(value) is int and name not in ("seed", "learning_starts", "line_search_steps") else 0
+            if isinstance(value, int | float) and name != "log_std_init" and not low <= value < np.inf:
+                fail(f"--{name.replace('_', '-')} must be at least {low} and finite, not {value}")
 
 
 # ==== shared: networks
@@ -232,8 +233,6 @@ def train(args):
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     T, N = args.num_steps, args.num_envs
-    if min(args.update_epochs, args.num_minibatches) < 1:
-        fail("--update-epochs and --num-minibatches must be at least 1")
     if not 2 * args.num_minibatches <= T * N <= args.total_timesteps:  # up to half of the steps may only reset
         fail("--num-envs times --num-steps must be from twice --num-minibatches to --total-timesteps")
 
@@ -418,13 +417,12 @@ class Run(AbstractContextManager):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
         for name, values in (inputs | scalars).items():
             assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; a lower --learning-rate?"
-        if self.global_step < self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
-            return
-        scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, self.global_step)
-        self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}" if self.returns else "", refresh=False)
-        self.bar.update(self.global_step - self.bar.n)
+        if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
+            scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, self.global_step)
+            self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}" if self.returns else "", False)
+            self.bar.update(self.global_step - self.bar.n)
         if self.global_step >= self.saved_step + self.args.checkpoint_interval:
             self.save()
 

@@ -12,6 +12,7 @@ ALGOS = Path(__file__).resolve().parent.parent / "algos"
 BLOCKS = {
     "arguments": r"    env_id: .*?(?=^\n\n# ==== )",
     "networks": r"# ==== shared: networks\n.*?(?=^# ==== )",
+    "advantages": r"def compute_gae.*?(?=^\n\ndef )",
     "collect": r"            # 1\. Collect T steps .*?(?=^            # 2\. )",
     "plumbing": r"# ==== shared: plumbing.*\Z",
 }

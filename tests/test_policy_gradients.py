@@ -176,16 +176,14 @@ def watch_optimizers(patch):
 # ---- equations
 
 
-@each(a2c, ppo, trpo)
-@pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
-def test_gae_is_the_sum_of_its_definition(module, gamma, gae_lambda):
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.9, 0.7), (0.9, 0.0), (0.9, 1.0), (1.0, 0.5)])
+def test_gae_is_the_sum_of_its_definition(gamma, gae_lambda):
     rng, T, N = np.random.default_rng(0), 40, 3
     rewards, values = rng.normal(size=(T, N)), rng.normal(size=(T + 1, N))
     terminated, truncated = rng.random((2, T, N)) < 0.15
     terminated[10, 0] = truncated[10, 0] = terminated[-1, 1] = truncated[-1, 2] = True
     terminated[-1, 2] = truncated[-1, 1] = terminated[-1, 0] = truncated[-1, 0] = False
-    advantages, returns = module.compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda)
+    advantages, returns = ppo.compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda)
     for t, n in np.ndindex(T, N):
         expected = 0.0
         for k in range(t, T):
@@ -645,8 +643,11 @@ def learn(module, env, log_dir, capsys, **args):
     return agent, float(capsys.readouterr().out.splitlines()[-1].split("mean_return=")[1].split()[0])
 
 
-@each(*MODULES)
-@pytest.mark.parametrize("env", ["Bandit-v0", "StartBandit-v0", "DictBandit-v0", "PictureBandit-v0"])
+@pytest.mark.parametrize(
+    ("module", "env"),
+    [(module, f"{kind}Bandit-v0") for module in MODULES for kind in ("", "Picture")]
+    + [(ppo, "StartBandit-v0"), (ppo, "DictBandit-v0")],
+)
 def test_learns_which_action_pays(module, env, tmp_path, capsys):
     assert learn(module, env, tmp_path, capsys, **PICTURES[module] if "Picture" in env else {})[1] == 1.0
 
@@ -669,7 +670,6 @@ def test_a_time_limit_takes_nothing_except_from_reinforce(module, tmp_path, caps
 
 
 @each(*MODULES)
-@pytest.mark.parametrize("norm", [False, True])
-def test_learns_targets_on_axes_with_any_bounds(module, norm, tmp_path, capsys):
-    args = TARGETS[module] | dict(norm_obs=norm, norm_reward=norm)
+def test_learns_targets_on_axes_with_any_bounds(module, tmp_path, capsys):
+    args = TARGETS[module] | dict(norm_obs=True, norm_reward=True)
     assert learn(module, "Target-v0", tmp_path, capsys, **args)[1] > -0.1  # doing nothing gets -3.1

@@ -15,13 +15,13 @@ from tests.odd_envs import UNFIT_ACTIONS, UNFIT_OBSERVATIONS
 from tests.shared import BLOCKS, find_block
 
 PACKAGES = {"torch", "numpy", "gymnasium", "tyro", "tqdm"}
-# What stands, so that it grows no more. The aim is 60 to 80 lines less, and 160 for the plumbing.
-MAX_LINES = {"ppo": 540, "a2c": 520, "reinforce": 550, "a3c": 520, "trpo": 600, "dqn": 515, "ddpg": 475}
-MAX_PLUMBING_LINES = 187
-TRAIN_BEGINS = {"trpo": 340}  # before this line, or the one below
-TRAIN_BEGINS_ELSEWHERE = 270
+MAX_LINES = {"ppo": 480, "a2c": 450, "reinforce": 450, "a3c": 450, "trpo": 520, "dqn": 460, "ddpg": 410}
+MAX_PLUMBING_LINES = 160
+TRAIN_BEGINS = {"trpo": 300}  # before this line, or the one below
+TRAIN_BEGINS_ELSEWHERE = 250
 HAVE = {  # the files that have a block which is not in all of them
     "networks": {"a2c", "a3c", "ppo", "reinforce", "trpo"},
+    "advantages": {"a2c", "ppo", "trpo"},
     "collect": {"a2c", "ppo", "trpo"},
 }
 
@@ -66,8 +66,8 @@ def test_stands_alone(algo):
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
             assert not getattr(node, "level", 0), "a relative import"
-            allowed = PACKAGES | sys.stdlib_module_names | (set() if node in tree.body else {"wandb"})
-            allowed |= {"psutil"} if algo.stem in ("dqn", "ddpg") else set()
+            allowed = PACKAGES | sys.stdlib_module_names
+            allowed |= {"psutil"} if algo.stem == "dqn" else set()
             assert {module.split(".")[0] for module in modules} <= allowed
 
 
@@ -136,30 +136,26 @@ BAD = [  # flags, a word of the message
     ("--env-id ./my_env:My-v0", "./my_env:My-v0"),
     ("--env-kwargs wings 2", "wings"),
     *[(f"--env-id tests.odd_envs:Observe{name}-v0", f"Observe{name}") for name in UNFIT_OBSERVATIONS],
-    ("--norm-obs --env-id tests.odd_envs:ObserveChannelsLast-v0", "--norm-obs"),
     ("--nope 3", "--nope"),
     ("nope", "nope"),
     ("--seed", "--seed"),
     ("--seed one", "one"),
     ("--seed 1.5", "1.5"),
     ("--seed -1", "--seed"),
-    (f"--seed {2**64}", "--seed"),
     ("--learning-rate fast", "fast"),
-    *[(f"--learning-rate {value}", "--learning-rate") for value in ("inf", "nan", "0")],
-    *[(f"--{flag} 0", f"--{flag}") for flag in ("num-envs", "num-steps", "eval-episodes", "checkpoint-interval")],
-    ("--gamma 1.1", "--gamma"),
+    *[(f"--learning-rate {value}", "--learning-rate") for value in ("inf", "nan", "-0.1")],
+    *[(f"--{flag} 0", f"--{flag}") for flag in ("num-envs", "num-steps", "update-epochs", "eval-episodes")],
     ("--gae-lambda -0.1", "--gae-lambda"),
     ("--hidden-sizes 8 wide", "wide"),
-    ("--hidden-sizes 8 0", "--hidden-sizes"),
     ("--num-envs 2 --num-steps 8 --total-timesteps 15", "--total-timesteps"),
     ("--num-envs 2 --num-steps 8 --num-minibatches 9", "--num-minibatches"),
-    *[(f"--device {name}", "--device") for name in ("cuda:99", "gpu", "meta")],
+    *[(f"--device {name}", "--device") for name in ("cuda:99", "gpu")],
     *[(f"--{flag} {{files}}/{name}", name) for flag in ("resume", "evaluate") for name in ("missing", "directory")],
     *[(f"--resume {{files}}/{name}", name) for name in ("garbage", "truncated", "list", "foreign", "weightless")],
     *[(f"--evaluate {{files}}/{name}", name) for name in ("empty", "truncated", "malicious", "weightless")],
     ("--resume {files}/good --env-id tests.odd_envs:ObserveMatrix-v0", "good"),
     ("--resume {files}/good --hidden-sizes 9", "good"),
-    ("--resume {files}/good --gamma 2", "--gamma"),
+    ("--resume {files}/good --gamma -2", "--gamma"),
 ]
 
 
@@ -210,8 +206,6 @@ def test_unfit_actions(algo, cli, name):
         ("Box2D", "--env-id LunarLander-v3"),
         ("mujoco", "--env-id HalfCheetah-v5"),
         ("ale_py", "--env-id ALE/Pong-v5"),
-        ("wandb", "--track"),
-        ("moviepy", "--capture-video"),
     ],
 )
 def test_missing_package(tmp_path, launch, missing, flags):
