@@ -329,8 +329,8 @@ def make_envs(args, num_envs, eval_folder=None):
     try:
         envs = gym.make_vec("ale_py:" * is_atari + args.env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
-        is_image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
-        if not is_image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+        image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
+        if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
         assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP, "it must reset on the next step"
@@ -385,19 +385,18 @@ class Run(AbstractContextManager):
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
-        self.episodic_return, self.episodic_length = np.zeros((2, args.num_envs))  # of the episodes under way
-        self.returns = []  # of those that have ended
+        self.episode = np.zeros((2, args.num_envs))  # return and length so far
+        self.returns = []  # of the episodes that have ended
         self.save()
 
     def log_step(self, rewards, valid, ended):
         self.global_step += len(rewards)
-        self.episodic_return += rewards
-        self.episodic_length += valid
+        self.episode += rewards, valid
         for n in np.flatnonzero(ended):
-            self.returns.append(self.episodic_return[n])
-            self.writer.add_scalar("charts/episodic_return", self.episodic_return[n], self.global_step)
-            self.writer.add_scalar("charts/episodic_length", self.episodic_length[n], self.global_step)
-            self.episodic_return[n] = self.episodic_length[n] = 0
+            self.returns.append(self.episode[0, n])
+            self.writer.add_scalar("charts/episodic_return", self.episode[0, n], self.global_step)
+            self.writer.add_scalar("charts/episodic_length", self.episode[1, n], self.global_step)
+            self.episode[:, n] = 0
 
     def log_update(self, scalars, **inputs):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
@@ -428,9 +427,10 @@ class Run(AbstractContextManager):
             self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
 
     def __exit__(self, error_type, *_):
+        self.bar.close()
         if error_type is KeyboardInterrupt:
             self.save()
-            print(f"\nstopped; resume with: python {sys.argv[0]} --resume '{self.folder}/checkpoint.pt'")
+            print(f"stopped; resume with: python {sys.argv[0]} --resume '{self.folder}/checkpoint.pt'")
             if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
                 sys.exit(130)
         self.writer.close()
