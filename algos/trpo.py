@@ -75,10 +75,10 @@ class Args:
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            low = 1 if type(value) is int and name not in ("seed", "learning_starts", "line_search_steps") else 0
-            if isinstance(value, int | float) and name != "log_std_init" and not low <= value < np.inf:
-                fail(f"--{name.replace('_', '-')} must be at least {low} and finite, not {value}")
+        for name, kind in Args.__annotations__.items():
+            low = 1 if kind is int and name not in ("seed", "learning_starts", "line_search_steps") else 0
+            if kind in (int, float) and name != "log_std_init" and not low <= getattr(self, name) < np.inf:
+                fail(f"--{name.replace('_', '-')} must be at least {low} and finite")
 
 
 # ==== shared: networks

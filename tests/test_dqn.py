@@ -56,7 +56,7 @@ def test_policy_is_greedy(shape, hidden_sizes):
 
 
 @pytest.mark.parametrize("stack", [1, 4])
-@pytest.mark.parametrize(("size", "num_envs"), [(2, 1), (20, 1), (43, 3), (2000, 3)])
+@pytest.mark.parametrize(("size", "num_envs"), [(2, 1), (43, 3), (1000, 3)])
 def test_buffer(stack, size, num_envs):
     """Against a list of all transitions; the reward tells which one it is."""
     rng, N, history = np.random.default_rng(0), num_envs, []
@@ -89,11 +89,11 @@ def test_buffer(stack, size, num_envs):
         buffer.add(*history[-1])
         assert len(list(check(buffer.sample(8, rng)))) == 8
         obs, valid = next_obs, ~ended
-    drawn = Counter(check(buffer.sample(60 * min(size, 300 * N), rng)))
+    drawn = Counter(check(buffer.sample(30 * min(size, 300 * N), rng)))
     kept = {(t, n) for t in range(max(0, 300 - size // N), 300) for n in range(N) if history[t][5][n]}
     assert drawn.keys() == kept
     mean = sum(drawn.values()) / len(kept)
-    assert 0.35 * mean < min(drawn.values()) <= max(drawn.values()) < 2 * mean
+    assert 0.25 * mean < min(drawn.values()) <= max(drawn.values()) < 2 * mean
 
 
 def test_atari_frames_come_back():

@@ -89,7 +89,7 @@ def watch(module, patch):
 
     def spy_on_sample(buffer, *args):
         batch = sample(buffer, *args)
-        batches.append((now[0], [np.array(x) for x in batch]))
+        batches.append((now[0], [np.asarray(x).copy() for x in batch]))
         return batch
 
     patch.setattr(module.Run, "log_step", spy_on_step)
