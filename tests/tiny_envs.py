@@ -64,22 +64,6 @@ class Delay(gym.Env):
         return self.observation(), float(reward), self.t == 4, False, {}
 
 
-class Wages(gym.Env):
-    """Four steps. Each pays its number, 1 to 4, plus the action, 0 or 1. Observation: the step as one-hot."""
-
-    observation_space = spaces.Box(0, 1, (4,))
-    action_space = spaces.Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return np.eye(5, 4, dtype=np.float32)[0], {}
-
-    def step(self, action):
-        self.t += 1
-        return np.eye(5, 4, dtype=np.float32)[self.t], float(self.t + action), self.t == 4, False, {}
-
-
 class Alive(gym.Env):
     """Each step pays 1, and an action other than the one observed ends the episode. A time limit cuts it after ten.
 
@@ -185,20 +169,6 @@ class PaidResets(gym.vector.SyncVectorEnv):
         return obs, rewards + 1000.0 * resets, *rest
 
 
-class Endless(gym.Env):
-    """Never ends; each step pays 1."""
-
-    observation_space = spaces.Box(0, 1, (1,))
-    action_space = spaces.Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(1, np.float32), {}
-
-    def step(self, action):
-        return np.zeros(1, np.float32), 1.0, False, False, {}
-
-
 def paid_resets_of(env: type[gym.Env]):
     return lambda num_envs, **kwargs: PaidResets([env] * num_envs)
 
@@ -215,13 +185,10 @@ ENVS = {
     "PictureBandit-v0": dict(entry_point=Bandit, kwargs={"n": 2, "kind": "picture"}),
     "StartBandit-v0": dict(entry_point=Bandit, kwargs={"n": 3, "start": 5}),
     "Delay-v0": dict(entry_point=Delay),
-    "Wages-v0": dict(entry_point=Wages),
     "Alive-v0": dict(entry_point=Alive, max_episode_steps=10),
     "Target-v0": dict(entry_point=Target),
     "Trace-v0": dict(entry_point=Trace),
     "Jackpot-v0": dict(entry_point=Trace, kwargs={"jackpot": 1000.0}),
-    "LateJackpot-v0": dict(entry_point=Trace, kwargs={"jackpot": 1000.0, "when": (200, 0)}),
-    "Endless-v0": dict(entry_point=Endless),
     "PaidResets-v0": dict(entry_point=Trace, vector_entry_point=paid_resets_of(Trace)),
 }
 
