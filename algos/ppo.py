@@ -414,9 +414,9 @@ class Run(AbstractContextManager):
 
     def log_update(self, scalars, **inputs):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
-        for name, values in (inputs | scalars).items():
-            assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; a lower --learning-rate?"
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
+            for name, values in (inputs | scalars).items():
+                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; lower --learning-rate"
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)
