@@ -35,9 +35,9 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   # On target-kl: without it ten epochs at 3e-4 moved PPO's HalfCheetah (256-256, first σ e^-2) by a KL of 0.15 a rollout,
   # and threw a policy worth 4,500 onto its back, where it stayed for 150,000 steps.
 
-  experiment reinforce CartPole-v1 400000 --log-gradient-variance
-  experiment reinforce CartPole-v1 400000 --exp-name reinforce-reward-to-go --weight reward-to-go --log-gradient-variance
-  experiment reinforce CartPole-v1 400000 --exp-name reinforce-total-return --weight total-return --log-gradient-variance
+  experiment reinforce CartPole-v1 400000
+  experiment reinforce CartPole-v1 400000 --exp-name reinforce-reward-to-go --weight reward-to-go
+  experiment reinforce CartPole-v1 400000 --exp-name reinforce-total-return --weight total-return
   experiment a2c  CartPole-v1 200000
   experiment ppo  CartPole-v1 60000
   experiment trpo CartPole-v1 100000
@@ -123,6 +123,8 @@ stop() {
 }
 
 experiments
+measurement="python benchmark/gradient_variance.py --out $RESULTS/gradient_variance.csv"
+[[ $SCALE == 1 && " ${names[*]} " == *" CartPole-v1__reinforce__1 "* ]] || measurement=
 if [[ ${#names[@]} == 0 ]]; then
   echo "error: no experiment with ALGOS=\"$ALGOS\" ENVS=\"$ENVS\"" >&2
   exit 2
@@ -131,7 +133,7 @@ if [[ ${1:-} == --help ]]; then
   sed -n '2,/^set/ s/^# \{0,1\}//p' "$0"
   exit
 elif [[ ${1:-} == --dry-run ]]; then
-  printf '%s\n' "${commands[@]}"
+  printf '%s\n' "${commands[@]}" ${measurement:+"$measurement"}
   exit
 elif [[ $# != 0 ]]; then
   echo "error: unknown argument $1 (see the top of $0)" >&2
@@ -152,7 +154,10 @@ failed=()
 for i in "${!names[@]}"; do
   finished "${names[i]}" "${commands[i]}" || failed+=("${names[i]}")
 done
-((${#failed[@]} == ${#names[@]})) || python benchmark/report.py "$RUNS" "$RESULTS"
+if ((${#failed[@]} < ${#names[@]})); then
+  $measurement
+  python benchmark/report.py "$RUNS" "$RESULTS"
+fi
 if ((${#failed[@]})); then
   echo "error: ${#failed[@]} of ${#names[@]} runs failed; the end of their logs:" >&2
   for name in "${failed[@]}"; do echo "$RUNS/$name/log.txt: $(tail -n 1 "$RUNS/$name/log.txt")" >&2; done

@@ -382,7 +382,7 @@ class Run(AbstractContextManager):
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         if args.track:
             import_module("wandb").init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
+        self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1, max_queue=1000)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
         self.episode = np.zeros((2, args.num_envs))  # return and length so far

@@ -7,7 +7,8 @@ reads the TensorBoard logs of RUNS_FOLDER/ENV__NAME__SEED/ (made by benchmark.sh
     results.csv, results.md    a row per environment and algorithm; an overview, also in the README.md beside the folder
     curves.csv                 the learning curves: a row per window of environment steps, mean and std over seeds
     ENV.png                    the curves of every algorithm, against steps and against seconds
-    reinforce-weights.png      the three weights of REINFORCE: their curves, and the variance of the gradient
+    reinforce-weights.png      the three weights of REINFORCE: their curves, and the variance of the gradient if
+                               RESULTS_FOLDER has a gradient_variance.csv, made by gradient_variance.py
 
 Rows of which RUNS_FOLDER has no finished run stay as they are. Where one has failed or is still to come, the row is
 made of the seeds that are there.
@@ -36,7 +37,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 WINDOWS = 50  # points of a learning curve
 
 ALGORITHMS = ("reinforce", "a2c", "ppo", "trpo", "dqn", "ddpg")
-WEIGHTS = ("reinforce", "reinforce-reward-to-go", "reinforce-total-return")
+WEIGHTS = {  # --weight of REINFORCE: the name of its runs
+    "baseline": "reinforce",
+    "reward-to-go": "reinforce-reward-to-go",
+    "total-return": "reinforce-total-return",
+}
 COLOURS = {  # tell apart for the colour-blind, too: M. Okabe, K. Ito: Color Universal Design, 2008
     "reinforce": "#E69F00",
     "a2c": "#56B4E9",
@@ -83,7 +88,6 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, np.ndarray]:
             "steps": edges.round().astype(int),
             "seconds": np.interp(edges, np.append(0, clock.step), seconds),
             "mean": curve("charts/episodic_return"),
-            "gradient_variance": curve("losses/gradient_variance"),
         }
     )
     return curves, points("eval/episodic_return").value.to_numpy()
@@ -136,7 +140,8 @@ def update(path: Path, new: pd.DataFrame) -> pd.DataFrame:
     key = ["environment", "algorithm"]
     if path.exists():
         old = pd.read_csv(path, dtype={"commit": str})  # not 12e4567, a number
-        new = pd.concat([old[~old.set_index(key).index.isin(new.set_index(key).index)], new])
+        kept = old[~old.set_index(key).index.isin(new.set_index(key).index)]
+        new = pd.concat([kept, new])[new.columns]  # a file of before may have others
     order = {name: i for i, name in enumerate([*PUBLISHED.environment, *COLOURS])}
     new = new.sort_values(key, key=lambda column: column.map(order), kind="stable")  # what is not in it comes last
     new.to_csv(path, index=False, float_format="%.5g")
@@ -227,22 +232,20 @@ def plot_environment(env_id: str, table: pd.DataFrame, curves: pd.DataFrame, pat
     plt.close(figure)
 
 
-def plot_weights(curves: pd.DataFrame, path: Path) -> None:
-    """The three weights Φ of REINFORCE: learning curves, and the variance of the gradient that each leaves.
-
-    A better policy plays longer episodes, whose gradients vary more: only at the same return can they be compared.
-    """
-    figure, (returns, variance) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for name, label in zip(WEIGHTS, ("baseline", "reward-to-go", "total-return"), strict=True):
-        curve = curves[curves.algorithm == name]
-        if curve.empty:
-            continue
-        draw(returns, curve, "steps", label)
-        variance.scatter(curve["mean"], curve.gradient_variance, color=COLOURS[name], s=14)
-    style(returns, "environment steps", "episodic return")
+def plot_weights(curves: pd.DataFrame, variances: pd.DataFrame | None, path: Path) -> None:
+    """The three weights Φ of REINFORCE: their curves, and the variance of the gradient, of gradient_variance.py."""
+    panels = 1 if variances is None else 2
+    figure, ((returns, *others),) = plt.subplots(1, panels, squeeze=False, figsize=(10, 3.8), layout="constrained")
+    for weight, name in WEIGHTS.items():
+        if name in set(curves.algorithm):
+            draw(returns, curves[curves.algorithm == name], "steps", weight)
+    style(returns, "environment steps", "episodic return", title="training (mean and std of the seeds)")
     returns.xaxis.set_major_formatter(EngFormatter(sep=""))
-    style(variance, "episodic return at the time", "variance of the gradient", yscale="log")
-    figure.suptitle("REINFORCE on CartPole-v1 with each --weight: mean and standard deviation of the seeds")
+    for axes in others:
+        for weight, points in variances.groupby("weight"):
+            axes.scatter(points.mean_return, points.gradient_variance, color=COLOURS[WEIGHTS[weight]], s=14)
+        style(axes, "mean return of the policy", "variance", title="gradient of an episode, by policy", yscale="log")
+    figure.suptitle("REINFORCE on CartPole-v1 with each --weight")
     figure.legend(*returns.get_legend_handles_labels(), loc="outside right center", frameon=False, title="weight")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -272,9 +275,11 @@ def main(runs_folder: Path, results_folder: Path) -> None:
     for env_id in {env_id for env_id, _ in seeds}:
         here = table[(table.environment == env_id) & table.algorithm.isin(ALGORITHMS)]
         plot_environment(env_id, here, curves[curves.environment == env_id], results_folder / f"{env_id}.png")
-    weights = curves[(curves.environment == "CartPole-v1") & curves.algorithm.isin(WEIGHTS)]
+    weights = curves[(curves.environment == "CartPole-v1") & curves.algorithm.isin(WEIGHTS.values())]
     if len(weights):
-        plot_weights(weights, results_folder / "reinforce-weights.png")
+        measured = results_folder / "gradient_variance.csv"
+        variances = pd.read_csv(measured) if measured.exists() else None
+        plot_weights(weights, variances, results_folder / "reinforce-weights.png")
     print(f"{results_folder}/results.md: {len(table)} rows, {len(rows)} of them new")
 
 

@@ -52,6 +52,7 @@ class TemplateEnv(gym.Env):
         self.time_limit = time_limit  # steps
         self.render_mode = render_mode
 
+        # The true bounds, np.inf where there is none: the checker holds observations to them, and others scale by them.
         self.observation_space = spaces.Box(-1.0, 1.0, shape=(6,), dtype=np.float32)
         if continuous:
             self.action_space = spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
@@ -60,9 +61,7 @@ class TemplateEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Begin an episode; returns (observation, info). `options` is part of Gymnasium's interface and unused here."""
-        super().reset(
-            seed=seed
-        )  # seeds self.np_random: draw every random number from it, and a seed repeats an episode
+        super().reset(seed=seed)  # seeds self.np_random: draw all that is random from it, and a seed repeats an episode
         self.steps = 0
         self.velocity = np.zeros(2)
         self.distance = 0.0
@@ -71,7 +70,7 @@ class TemplateEnv(gym.Env):
             self.goal = self.np_random.uniform(-1.0, 1.0, size=2)
             self.distance = math.dist(self.position, self.goal)
         self.trail = [self.position]
-        return self._get_observation(), self._get_info()
+        return self._get_observation(), {"distance": self.distance, "is_success": False}
 
     def step(self, action: int | np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Move on by one step; returns (observation, reward, terminated, truncated, info)."""
@@ -92,7 +91,8 @@ class TemplateEnv(gym.Env):
         truncated = not terminated and self.steps >= self.time_limit
         # Over an episode the progress adds up to (first distance - last distance): detours and circles earn nothing.
         reward = old_distance - self.distance - STEP_COST + (GOAL_BONUS if terminated else 0.0)
-        return self._get_observation(), reward, terminated, truncated, self._get_info()
+        info = {"distance": self.distance, "is_success": terminated}  # for logs and tests: the agent never sees it
+        return self._get_observation(), reward, terminated, truncated, info
 
     def _get_observation(self) -> np.ndarray:
         """What the agent sees, float32 of shape (6,): all that the next state depends on, scaled to [-1, 1].
@@ -101,10 +101,6 @@ class TemplateEnv(gym.Env):
         """
         parts = (self.position, self.velocity / MAX_SPEED, (self.goal - self.position) / 2)
         return np.concatenate(parts, dtype=np.float32)
-
-    def _get_info(self) -> dict:
-        """Facts for logs and tests. The agent never sees them."""
-        return {"distance": self.distance, "is_success": self.distance <= GOAL_RADIUS}
 
     def render(self) -> np.ndarray | None:
         """Draw the state; returns uint8 of shape (FRAME_SIZE, FRAME_SIZE, 3). Needs no display."""
@@ -143,7 +139,8 @@ ENV_IDS = {"Template-v0": {"continuous": False}, "TemplateContinuous-v0": {"cont
 
 for env_id, kwargs in ENV_IDS.items():
     if env_id not in gym.registry:  # a second import, or a reload, must not register it twice
-        # By name, not by class: so worker processes find it again, and a reload takes effect.
+        # By name, not by class: so worker processes find it again, and a reload takes effect. If `step` did not count
+        # the steps, max_episode_steps=100 here would make the time limit: a wrapper of Gymnasium's that truncates.
         gym.register(env_id, entry_point=f"{__name__}:TemplateEnv", kwargs=kwargs)
 
 
