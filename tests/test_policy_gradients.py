@@ -210,6 +210,12 @@ def test_ppo_loss():
     torch.testing.assert_close(value_loss, ((values - returns) ** 2).mean())
     torch.testing.assert_close(entropy, -(policy.probs * policy.probs.log()).sum(-1).mean())
     torch.testing.assert_close(loss, policy_loss + 0.3 * value_loss - 0.7 * entropy)
+    parameters = list(agent.parameters())
+    parts = policy_loss + 0.3 * value_loss + 0.7 * (policy.probs * policy.logits).sum(-1).mean()
+    for ours, expected in zip(
+        *(torch.autograd.grad(y, parameters, retain_graph=True) for y in (loss, parts)), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_a2c_loss():
@@ -563,11 +569,23 @@ def test_the_kl_limit_holds_or_the_old_parameters_stay(action_space):
         assert log["losses/kl"] == pytest.approx(kl, abs=1e-5)
         assert log["losses/surrogate_improvement"] > 0 or kl == 0
         assert all(torch.equal(p, q) for p, q in zip(old.critic.parameters(), agent.critic.parameters(), strict=True))
-    before = [p.clone() for p in parameters]
-    args = trpo.Args(target_kl=1e6, line_search_steps=1)  # a step far too long for the quadratic model
-    log = trpo.trust_region_step(agent, parameters, x, actions, advantages, args)
-    if log["losses/line_search_steps"] == 1:
-        assert all(torch.equal(p, q) for p, q in zip(before, parameters, strict=True))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_step_that_makes_things_worse_is_refused(seed):
+    """The KL of the full step, 26 or 5, is within the limit, but L falls."""
+    agent = make_agent(VECTOR, spaces.Box(-1, 1, (2,)), trpo)
+    torch.manual_seed(seed)
+    x, advantages = torch.randn(100, 3), torch.randn(100)
+    actions, before = look(agent, x)[0].sample(), parameters_to_vector(policy_of(agent)).detach()
+    for line_search_steps in (1, 0):
+        args = trpo.Args(target_kl=100, line_search_steps=line_search_steps)
+        log = trpo.trust_region_step(agent, policy_of(agent), x, actions, advantages, args)
+        refused = torch.equal(parameters_to_vector(policy_of(agent)), before)
+        assert refused == bool(line_search_steps)  # 0: natural policy gradient, unchecked
+        assert log["losses/line_search_steps"] == line_search_steps
+        assert (log["losses/surrogate_improvement"] < 0) == (not refused)
+        assert (5 < log["losses/kl"] < 100) == (not refused)
 
 
 # ---- REINFORCE
