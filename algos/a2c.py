@@ -53,7 +53,7 @@ class Args:
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
     norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of the environment: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -222,8 +222,8 @@ def train(args):
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=1e-5, foreach=True)
     T, N = args.num_steps, args.num_envs
-    if not 2 <= T * N <= args.total_timesteps:
-        fail("--num-envs times --num-steps must be from 2 to --total-timesteps")
+    if T < 2 or args.total_timesteps < T * N:  # every second step may only reset
+        fail("--num-steps must be at least 2, and --num-envs times --num-steps at most --total-timesteps")
 
     with Run(args, agent=agent, optimizer=optimizer) as run:
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
@@ -308,18 +308,18 @@ def select_device(name):
 
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
-    is_atari = args.env_id.startswith("ALE/")
+    is_atari = (env_id := args.env_id.removeprefix("ale_py:")).startswith("ALE/")
     options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
-        if is_atari:  # ale-py's own vector environment does this in C++, but cannot render
-            stack = partial(gym.wrappers.FrameStackObservation, stack_size=4)
+        if is_atari:  # ale-py's own vector environment cannot render; unlike it, this does not press FIRE at a start
+            stack = partial(gym.wrappers.FrameStackObservation, stack_size=4, padding_type="zero")
             options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + args.env_id, num_envs, **options, **args.env_kwargs)
+        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
@@ -371,12 +371,12 @@ class Run(AbstractContextManager):
         if args.resume:
             self.folder = Path(args.resume).parent
             self.global_step = load_checkpoint(args.resume, **modules)["global_step"]
-        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         if args.track:
             import_module("wandb").init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1, max_queue=1000)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
-        self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
+        self.bar = tqdm(None, args.env_id, args.total_timesteps, initial=self.global_step, unit=" steps", disable=False)
         self.episode = np.zeros((2, args.num_envs))  # return and length so far
         self.returns = []  # of the episodes that have ended
         self.save()
@@ -394,7 +394,7 @@ class Run(AbstractContextManager):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
             for name, values in (inputs | scalars).items():
-                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; lower --learning-rate"
+                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -420,12 +420,12 @@ class Run(AbstractContextManager):
 
     def __exit__(self, error_type, *_):
         self.bar.close()
+        self.writer.close()
         if error_type is KeyboardInterrupt:
             self.save()
-            print(f"stopped; resume with: python {sys.argv[0]} --resume '{self.folder}/checkpoint.pt'")
+            print(f"stopped; resume with: python '{__file__}' --resume '{self.folder}/checkpoint.pt'")
             if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
                 sys.exit(130)
-        self.writer.close()
 
 
 def main():
@@ -439,7 +439,7 @@ def main():
         args.env_kwargs = saved.env_kwargs | args.env_kwargs
     if args.evaluate:
         envs = make_envs(args, 1)
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
         load_checkpoint(args.evaluate, agent=agent)
         evaluate(agent, args, Path(args.evaluate).parent)
     else:

@@ -9,7 +9,7 @@ target is computed by a copy of the network, Q_targ, that follows only slowly.
     L = E[ (Q(s, a) - y)² ], minimised with Adam; y is a constant
 
 The maximum of noisy estimates is too high on average. Double DQN (--double-q) lets one network choose the action and
-the other tell its value:
+the other evaluate it:
 
     y = r + γ (1 - terminated) Q_targ(s', argmax_a' Q(s', a'))
 
@@ -58,9 +58,9 @@ class Args:
     hidden_sizes: tuple[int, ...] = (120, 84)  # hidden layers of Q; none: linear (images: always 512)
     learning_rate: float = 1e-3  # step size of Adam
     gamma: float = 0.99  # discount γ
-    buffer_size: int = 100_000  # the replay buffer keeps the last steps, about this many
+    buffer_size: int = 100_000  # about how many of the latest steps the replay buffer keeps
     batch_size: int = 128  # transitions of a gradient step
-    learning_starts: int = 1000  # steps before learning; so many again after a resume: the buffer is not saved
+    learning_starts: int = 1000  # steps before learning; as many again after a resume, since the buffer is not saved
     train_frequency: int = 4  # environment steps between updates of Q, rounded down to whole steps of all environments
     gradient_steps: int = 1  # gradient steps of each update
     target_network_frequency: int = 20  # environment steps between updates of Q_targ
@@ -68,9 +68,9 @@ class Args:
     start_e: float = 1.0  # ε at the start
     end_e: float = 0.05  # ε at the end
     exploration_fraction: float = 0.2  # share of the total timesteps in which ε falls from start_e to end_e
-    double_q: bool = False  # Double DQN: Q chooses the action in y, Q_targ tells its value
+    double_q: bool = False  # Double DQN: Q chooses the action in y, Q_targ evaluates it
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of the environment: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -245,7 +245,7 @@ def train(args):
         fail("--buffer-size must be at least twice --num-envs")
     if args.total_timesteps // (T * N) * T * N < max(args.learning_starts, T * N):
         fail(f"--total-timesteps must reach --learning-starts in multiples of {T * N} steps")
-    stack = 4 if args.env_id.startswith("ALE/") else 1
+    stack = 4 if "ALE/" in args.env_id else 1
     buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space, stack)
 
     with Run(args, agent=agent, target=target, optimizer=optimizer) as run:
@@ -316,18 +316,18 @@ def select_device(name):
 
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
-    is_atari = args.env_id.startswith("ALE/")
+    is_atari = (env_id := args.env_id.removeprefix("ale_py:")).startswith("ALE/")
     options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
-        if is_atari:  # ale-py's own vector environment does this in C++, but cannot render
-            stack = partial(gym.wrappers.FrameStackObservation, stack_size=4)
+        if is_atari:  # ale-py's own vector environment cannot render; unlike it, this does not press FIRE at a start
+            stack = partial(gym.wrappers.FrameStackObservation, stack_size=4, padding_type="zero")
             options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + args.env_id, num_envs, **options, **args.env_kwargs)
+        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
@@ -379,12 +379,12 @@ class Run(AbstractContextManager):
         if args.resume:
             self.folder = Path(args.resume).parent
             self.global_step = load_checkpoint(args.resume, **modules)["global_step"]
-        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         if args.track:
             import_module("wandb").init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1, max_queue=1000)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
-        self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
+        self.bar = tqdm(None, args.env_id, args.total_timesteps, initial=self.global_step, unit=" steps", disable=False)
         self.episode = np.zeros((2, args.num_envs))  # return and length so far
         self.returns = []  # of the episodes that have ended
         self.save()
@@ -402,7 +402,7 @@ class Run(AbstractContextManager):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
             for name, values in (inputs | scalars).items():
-                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; lower --learning-rate"
+                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -428,12 +428,12 @@ class Run(AbstractContextManager):
 
     def __exit__(self, error_type, *_):
         self.bar.close()
+        self.writer.close()
         if error_type is KeyboardInterrupt:
             self.save()
-            print(f"stopped; resume with: python {sys.argv[0]} --resume '{self.folder}/checkpoint.pt'")
+            print(f"stopped; resume with: python '{__file__}' --resume '{self.folder}/checkpoint.pt'")
             if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
                 sys.exit(130)
-        self.writer.close()
 
 
 def main():
@@ -447,7 +447,7 @@ def main():
         args.env_kwargs = saved.env_kwargs | args.env_kwargs
     if args.evaluate:
         envs = make_envs(args, 1)
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
         load_checkpoint(args.evaluate, agent=agent)
         evaluate(agent, args, Path(args.evaluate).parent)
     else:

@@ -7,7 +7,7 @@ expected return needs no model of the environment, only samples:
 
     total-return   Φ_t = R(τ) = Σ_k γ^k r_k             each action answers for the whole episode
     reward-to-go   Φ_t = R_t = Σ_{k≥t} γ^{k-t} r_k      … only for what came after it, which is all it can change
-    baseline       Φ_t = R_t - V(s_t)                   … and only for how that differs from the usual in this state
+    baseline       Φ_t = R_t - V(s_t)                   … and only for how that differs from what is usual in this state
 
 With γ = 1 all three give the same gradient on average; what falls from one to the next is its variance, and with it the
 number of episodes that it takes to learn. (With γ < 1 the last two lack a factor γ^t, as in nearly every
@@ -55,7 +55,7 @@ class Args:
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
     norm_reward: bool = False  # divide returns by their running std
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of the environment: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -233,7 +233,7 @@ def train(args):
             obs, actions, rewards, valid = [], [], [], []  # a list of T arrays (N, ...) each
             active = np.ones(N, bool)
             act = agent.numpy_policy(rng)
-            while active.any() and run.global_step + N <= args.total_timesteps:  # the last ones may be cut
+            while active.any() and run.global_step + N <= args.total_timesteps:
                 obs.append(next_obs)
                 valid.append(active)
                 actions.append(act(next_obs))
@@ -264,7 +264,7 @@ def train(args):
                 b_weights = (b_weights - b_weights.mean()) / (b_weights.std(correction=0) + 1e-8)
 
             # 3. θ ← θ + α g.
-            optimizer.param_groups[0]["lr"] = learning_rate
+            optimizer.param_groups[0]["lr"] = 0 if active.any() else learning_rate  # 0: the budget cut these episodes
             loss = reinforce_loss(agent, b_x, b_actions, b_weights, num_episodes=N)
             optimizer.zero_grad()
             loss.backward(inputs=theta)
@@ -308,18 +308,18 @@ def select_device(name):
 
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
-    is_atari = args.env_id.startswith("ALE/")
+    is_atari = (env_id := args.env_id.removeprefix("ale_py:")).startswith("ALE/")
     options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
-        if is_atari:  # ale-py's own vector environment does this in C++, but cannot render
-            stack = partial(gym.wrappers.FrameStackObservation, stack_size=4)
+        if is_atari:  # ale-py's own vector environment cannot render; unlike it, this does not press FIRE at a start
+            stack = partial(gym.wrappers.FrameStackObservation, stack_size=4, padding_type="zero")
             options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + args.env_id, num_envs, **options, **args.env_kwargs)
+        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
@@ -371,12 +371,12 @@ class Run(AbstractContextManager):
         if args.resume:
             self.folder = Path(args.resume).parent
             self.global_step = load_checkpoint(args.resume, **modules)["global_step"]
-        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         if args.track:
             import_module("wandb").init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1, max_queue=1000)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
-        self.bar = tqdm(desc=args.env_id, total=args.total_timesteps, initial=self.global_step, unit=" steps")
+        self.bar = tqdm(None, args.env_id, args.total_timesteps, initial=self.global_step, unit=" steps", disable=False)
         self.episode = np.zeros((2, args.num_envs))  # return and length so far
         self.returns = []  # of the episodes that have ended
         self.save()
@@ -394,7 +394,7 @@ class Run(AbstractContextManager):
         """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
             for name, values in (inputs | scalars).items():
-                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}; lower --learning-rate"
+                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -420,12 +420,12 @@ class Run(AbstractContextManager):
 
     def __exit__(self, error_type, *_):
         self.bar.close()
+        self.writer.close()
         if error_type is KeyboardInterrupt:
             self.save()
-            print(f"stopped; resume with: python {sys.argv[0]} --resume '{self.folder}/checkpoint.pt'")
+            print(f"stopped; resume with: python '{__file__}' --resume '{self.folder}/checkpoint.pt'")
             if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
                 sys.exit(130)
-        self.writer.close()
 
 
 def main():
@@ -439,7 +439,7 @@ def main():
         args.env_kwargs = saved.env_kwargs | args.env_kwargs
     if args.evaluate:
         envs = make_envs(args, 1)
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
         load_checkpoint(args.evaluate, agent=agent)
         evaluate(agent, args, Path(args.evaluate).parent)
     else:

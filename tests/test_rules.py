@@ -149,6 +149,7 @@ BAD = [  # flags, a word of the message
     ("--hidden-sizes 8 wide", "wide"),
     ("--num-envs 2 --num-steps 8 --total-timesteps 15", "--total-timesteps"),
     ("--num-envs 2 --num-steps 8 --num-minibatches 9", "--num-minibatches"),
+    ("--num-envs 2 --num-steps 7 --num-minibatches 7", "--num-minibatches"),
     *[(f"--device {name}", "--device") for name in ("cuda:99", "gpu")],
     *[(f"--{flag} {{files}}/{name}", name) for flag in ("resume", "evaluate") for name in ("missing", "directory")],
     *[(f"--resume {{files}}/{name}", name) for name in ("garbage", "truncated", "list", "foreign", "weightless")],

@@ -132,7 +132,7 @@ def test_interrupt_in_a_notebook(monkeypatch, tmp_path, capsys):
         module.train(args)
     (folder,) = tmp_path.iterdir()
     assert read(folder)["global_step"] == 300
-    assert f"--resume '{folder}/checkpoint.pt'" in capsys.readouterr().out
+    assert f"python '{PPO}' --resume '{folder}/checkpoint.pt'" in capsys.readouterr().out
 
 
 # ---- evaluation
@@ -338,6 +338,15 @@ def test_families(cli, env_id):
     name = f"tests.odd_envs:{env_id}-v0" if env_id == "OneStep" else env_id
     result = cli(PPO, small(PPO, f"--env-id {name} {flags.get(env_id, '')}")).check()
     assert "warn" not in result.err.lower()
+
+
+@pytest.mark.parametrize("stem", ["a2c", "ppo", "trpo"])
+def test_rollouts_of_which_half_only_resets(cli, stem):
+    """The shortest that are allowed: in one-step episodes every second step is a reset of all environments."""
+    path = PPO.with_stem(stem)
+    flags = "--env-id tests.odd_envs:OneStep-v0 --num-envs 1 --num-steps 2" + " --num-minibatches 1" * (stem != "a2c")
+    cli(path, small(path, flags)).check()
+    assert cli(path, small(path, flags.replace("steps 2", "steps 1"))).status == 2
 
 
 @pytest.mark.parametrize("flags", ["--norm-obs --norm-reward --hidden-sizes", "--hidden-sizes 8 4 2", "--num-envs 3"])
