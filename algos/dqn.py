@@ -139,7 +139,7 @@ class Agent(nn.Module):
 
     def numpy_policy(self):
         """argmax_a Q(s, a) as a function of arrays (B, ...): three times as fast as torch here."""
-        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.q[::2]]
+        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.q)[::2]]
 
         def act(obs):
             x = self.preprocess(obs)
