@@ -4,37 +4,43 @@
 #
 #   ./benchmark.sh                                     everything
 #   ./benchmark.sh --dry-run                           only print the commands
-#   ALGOS="ppo trpo" ENVS=Hopper-v5 ./benchmark.sh     a part; the rest of the tables stays as it is
+#   ALGOS="ppo trpo" ENVS=Hopper-v5 ./benchmark.sh     a part; its tables and pictures go to the folder of the runs
+#   ALGOS=ppo ./benchmark.sh --publish                 … or into benchmark/ and the README, where the other rows stay
 #   SEEDS=1 SCALE=0.1 ./benchmark.sh                   a quick look: one seed, a tenth of the steps
 #
-# SEEDS          number of seeds (3)
+# SEEDS          number of seeds (5, and 3 where a run takes more than three minutes)
+# FIRST_SEED     the first of them (11: the settings were chosen on seeds 1 to 3, so these are not shown)
 # JOBS           runs side by side (as many as there are cores)
 # ALGOS, ENVS    what to run (all)
 # SCALE          factor on the steps (1)
+# DEVICE         cpu, cuda … (cpu: for networks of this size a GPU is slower)
 # RUNS           folder of the runs (runs/benchmark, or runs/benchmark-SCALE)
-# RESULTS        folder of the tables and pictures (benchmark, or with another SCALE the folder of the runs)
+# RESULTS        folder of the tables and pictures (benchmark for a complete run or with --publish, else that of the runs)
 #
 # After Ctrl-C or a power cut start it again: finished runs are skipped, cut ones resumed, and those whose settings here
 # have changed start anew.
 set -euo pipefail
 cd "$(dirname "$0")"
-SEEDS=${SEEDS:-3} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)} ALGOS=${ALGOS:-} ENVS=${ENVS:-} SCALE=${SCALE:-1}
-if [[ $SCALE == 1 ]]; then
-  RUNS=${RUNS:-runs/benchmark} RESULTS=${RESULTS:-benchmark}
-else # a quick look must not replace the results of hours
-  RUNS=${RUNS:-runs/benchmark-$SCALE} RESULTS=${RESULTS:-$RUNS}
-fi
+complete=true # a part, or a quick look, must not replace the results of hours
+[[ ${SEEDS:-}${FIRST_SEED:-}${ALGOS:-}${ENVS:-} || ${SCALE:-1} != 1 ]] && complete=false
+SEEDS=${SEEDS:-} FIRST_SEED=${FIRST_SEED:-11} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
+ALGOS=${ALGOS:-} ENVS=${ENVS:-} SCALE=${SCALE:-1} DEVICE=${DEVICE:-cpu}
+RUNS=${RUNS:-runs/benchmark$([[ $SCALE == 1 ]] || echo "-$SCALE")}
+[[ $complete == true || ${1:-} == --publish ]] && RESULTS=${RESULTS:-benchmark}
+RESULTS=${RESULTS:-$RUNS}
 export OMP_NUM_THREADS=1  # several runs side by side are faster so
 export TQDM_MININTERVAL=10 # seconds between two lines of progress in the logs
 
 experiments() { # algorithm, environment, steps, settings that differ from the algorithm's defaults
   local rollout="--num-envs 1 --num-steps 2048 --norm-obs --norm-reward" # PPO's and TRPO's for MuJoCo
+  local many=${SEEDS:-5} few=${SEEDS:-3} seeds # of runs that take less than three minutes, and more
   # On gamma: with 0.99 some runs on Hopper and Walker2d learn to be faster and to fall earlier; TRPO on the one and PPO on
   # the other keep upright with 0.995. With 0.995 TRPO's LunarLander hovers for 800,000 steps or more; with 0.999 two seeds of
   # three land after 400,000. On Pendulum 0.95 instead of 0.9 is worth 17 to 36 points of return.
   # On target-kl: without it ten epochs at 3e-4 moved PPO's HalfCheetah (256-256, first σ e^-2) by a KL of 0.15 a rollout,
   # and threw a policy worth 4,500 onto its back, where it stayed for 150,000 steps.
 
+  seeds=$many
   experiment reinforce CartPole-v1 400000
   experiment reinforce CartPole-v1 400000 --exp-name reinforce-reward-to-go --weight reward-to-go
   experiment reinforce CartPole-v1 400000 --exp-name reinforce-total-return --weight total-return
@@ -49,35 +55,48 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment trpo Acrobot-v1 500000 --num-envs 16 --norm-obs
   experiment dqn  Acrobot-v1 100000
 
-  experiment reinforce LunarLander-v3 1500000 --norm-weight --norm-obs --norm-reward
-  experiment a2c  LunarLander-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs --norm-reward
-  experiment ppo  LunarLander-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
-  experiment trpo LunarLander-v3 1000000 --num-envs 16 --num-steps 512 --gamma 0.999 --gae-lambda 0.98 --target-kl 0.03 --norm-reward
-  experiment dqn  LunarLander-v3 300000 --hidden-sizes 256 256 --learning-rate 6e-4 --exploration-fraction 0.15 --end-e 0.1 --double-q --buffer-size 300000
-
   experiment a2c  Pendulum-v1 1000000 --num-steps 8 --gamma 0.95 --gae-lambda 0.9 --norm-obs --norm-reward
-  experiment ppo  Pendulum-v1 100000 --num-envs 8 --num-steps 128 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.95 --gae-lambda 0.95 --norm-reward
+  experiment ppo  Pendulum-v1 100000 --num-envs 8 --num-steps 128 --num-minibatches 16 --learning-rate 1e-3 \
+    --gamma 0.95 --gae-lambda 0.95 --norm-reward
   experiment trpo Pendulum-v1 200000 --num-envs 4 --num-steps 512 --gamma 0.95 --critic-updates 15
   experiment ddpg Pendulum-v1 20000
 
+  seeds=$few
+  experiment reinforce LunarLander-v3 1500000 --norm-weight --norm-obs --norm-reward
+  experiment a2c  LunarLander-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs --norm-reward
+  experiment ppo  LunarLander-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 \
+    --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
+  experiment trpo LunarLander-v3 1000000 --num-envs 16 --num-steps 512 --gamma 0.999 --gae-lambda 0.98 \
+    --target-kl 0.03 --norm-reward
+  experiment dqn  LunarLander-v3 300000 --hidden-sizes 256 256 --learning-rate 6e-4 --exploration-fraction 0.15 \
+    --end-e 0.1 --double-q --buffer-size 300000
+
   experiment reinforce LunarLanderContinuous-v3 1500000 --norm-weight --norm-obs --norm-reward
-  experiment a2c  LunarLanderContinuous-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs --norm-reward
-  experiment ppo  LunarLanderContinuous-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
-  experiment trpo LunarLanderContinuous-v3 1000000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 --target-kl 0.03 --norm-reward --log-std-init -1
+  experiment a2c  LunarLanderContinuous-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs \
+    --norm-reward
+  experiment ppo  LunarLanderContinuous-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 \
+    --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
+  experiment trpo LunarLanderContinuous-v3 1000000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 \
+    --target-kl 0.03 --norm-reward --log-std-init -1
   experiment ddpg LunarLanderContinuous-v3 500000 --hidden-sizes 128 128 --batch-size 128 --learning-starts 10000
 
-  experiment a2c  HalfCheetah-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gae-lambda 0.9 --norm-obs --norm-reward --log-std-init -1
-  experiment ppo  HalfCheetah-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 --log-std-init -1 --target-kl 0.03
+  experiment a2c  HalfCheetah-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gae-lambda 0.9 --norm-obs \
+    --norm-reward --log-std-init -1
+  experiment ppo  HalfCheetah-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 \
+    --log-std-init -1 --target-kl 0.03
   experiment trpo HalfCheetah-v5 1000000 $rollout --gamma 0.98 --gae-lambda 0.92 --target-kl 0.02 --log-std-init -1
   experiment ddpg HalfCheetah-v5 300000 --gamma 0.99 --batch-size 100 --learning-starts 10000
 
-  experiment a2c  Hopper-v5 1000000 --num-steps 64 --learning-rate 2e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward
+  experiment a2c  Hopper-v5 1000000 --num-steps 64 --learning-rate 2e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs \
+    --norm-reward
   experiment ppo  Hopper-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95
   experiment trpo Hopper-v5 1000000 $rollout --gamma 0.995 --gae-lambda 0.97 --target-kl 0.02
   experiment ddpg Hopper-v5 300000 --gamma 0.99 --batch-size 100
 
-  experiment a2c  Walker2d-v5 1000000 --num-steps 64 --learning-rate 2e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward
-  experiment ppo  Walker2d-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.995 --gae-lambda 0.95 --log-std-init -1 --clip-coef 0.1
+  experiment a2c  Walker2d-v5 1000000 --num-steps 64 --learning-rate 2e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs \
+    --norm-reward
+  experiment ppo  Walker2d-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.995 \
+    --gae-lambda 0.95 --log-std-init -1 --clip-coef 0.1
   experiment trpo Walker2d-v5 1000000 $rollout --target-kl 0.02 --log-std-init -1
   experiment ddpg Walker2d-v5 300000 --gamma 0.99 --batch-size 100
 }
@@ -89,9 +108,9 @@ experiment() {
   steps=$(awk "BEGIN { printf \"%d\", $3 * $SCALE }")
   shift 3
   [[ ${1:-} == --exp-name ]] && exp_name=$2
-  for ((seed = 1; seed <= SEEDS; seed++)); do
+  for ((seed = FIRST_SEED; seed < FIRST_SEED + seeds; seed++)); do
     names+=("${env//[\/:]/-}__${exp_name}__$seed") # as the run folders: ALE/Pong-v5 is ALE-Pong-v5
-    commands+=("python algos/$algo.py --env-id $env --total-timesteps $steps${*:+ $*} --seed $seed --eval-episodes 100")
+    commands+=("python algos/$algo.py --env-id $env --total-timesteps $steps${*:+ $*} --seed $seed --eval-episodes 100 --device $DEVICE")
   done
 }
 
@@ -101,11 +120,12 @@ finished() { is_of "$1" "$2" && [[ $(tail -n 1 "$RUNS/$1/log.txt") == eval:* ]];
 train() { # name, command
   local folder=$RUNS/$1 checkpoint commit
   checkpoint=$(ls "$folder"/*/checkpoint.pt 2>/dev/null || true)
+  commit=$(git log -1 --format=%h -- algos benchmark.sh 2>/dev/null || echo unknown)
+  git diff --quiet HEAD -- algos benchmark.sh 2>/dev/null || commit+=+ # changes that are not committed
   if [[ $checkpoint ]] && is_of "$1" "$2"; then
+    printf '\nresumed %s\n' "$commit" >>"$folder/log.txt"
     ${2%% --env-id*} --resume "$checkpoint" >>"$folder/log.txt" 2>&1 || true
   else
-    commit=$(git log -1 --format=%h -- algos benchmark.sh 2>/dev/null || echo unknown)
-    git diff --quiet HEAD -- algos benchmark.sh 2>/dev/null || commit+=+ # changes that are not committed
     rm -rf "$folder"
     mkdir -p "$folder"
     echo "$commit $2" >"$folder/log.txt"
@@ -124,7 +144,7 @@ stop() {
 
 experiments
 measurement="python benchmark/gradient_variance.py --out $RESULTS/gradient_variance.csv"
-[[ $SCALE == 1 && " ${names[*]} " == *" CartPole-v1__reinforce__1 "* ]] || measurement=
+[[ $SCALE == 1 && " ${names[*]} " == *" CartPole-v1__reinforce__"* ]] || measurement=
 if [[ ${#names[@]} == 0 ]]; then
   echo "error: no experiment with ALGOS=\"$ALGOS\" ENVS=\"$ENVS\"" >&2
   exit 2
@@ -135,10 +155,32 @@ if [[ ${1:-} == --help ]]; then
 elif [[ ${1:-} == --dry-run ]]; then
   printf '%s\n' "${commands[@]}" ${measurement:+"$measurement"}
   exit
-elif [[ $# != 0 ]]; then
+elif [[ $# != 0 && $* != --publish ]]; then
   echo "error: unknown argument $1 (see the top of $0)" >&2
   exit 2
 fi
+
+mkdir -p "$RUNS"
+if type flock &>/dev/null; then # (macOS has none)
+  exec 9>"$RUNS/lock"
+  flock --nonblock 9 || { echo "error: another $0 is at work in $RUNS" >&2 && exit 2; }
+fi
+
+# How long it will take: from the seconds of the committed results, on a machine like theirs.
+known=benchmark/results.csv
+[[ -f $known ]] || known=/dev/null
+for i in "${!names[@]}"; do
+  finished "${names[i]}" "${commands[i]}" || echo "${names[i]%__*}"
+done | awk -F, -v jobs="$JOBS" -v scale="$SCALE" '
+  FILENAME != "-" && FNR == 1 { for (i = 1; i <= NF; i++) if ($i == "seconds") column = i; next }
+  FILENAME != "-" { seconds[$1 "__" $2] = $column; next }
+  !($0 in seconds) { unknown++; runs++; next }
+  { runs++; total += seconds[$0]; if ($0 ~ /__ddpg/) ddpg += seconds[$0] }
+  END {
+    printf "%d runs to go: about %.1f hours", runs, total * scale / jobs / 3600
+    printf " (DDPG %.1f), and %d runs of unknown length\n", ddpg * scale / jobs / 3600, unknown
+  }' "$known" -
+echo "tables and pictures go to $RESULTS/"
 
 set -m # each run is a process group, so that a Ctrl-C reaches it once, from `stop`
 trap stop INT TERM

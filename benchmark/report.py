@@ -16,12 +16,22 @@ made of the seeds that are there.
 What the columns mean:
 
     episodes               of the deterministic policy after training, each seed
-    mean, std              of the seeds' evaluations: each is the mean return of its episodes
+    mean, std              of the seeds' evaluations: each is the mean return of its episodes; std is the sample
+                           deviation (with n - 1), empty for one seed
+    training               mean return of the last 100 training episodes, mean over seeds
     iqm, iqm_low, _high    interquartile mean over the episodes of all seeds, with a 95 % bootstrap interval that draws
                            whole seeds: they are what is independent (after R. Agarwal et al., 2021, arXiv:2108.13264).
                            With few seeds the interval is rough, with one there is none.
     seconds                of training, without imports and evaluation, mean over seeds
-    commit                 of the code that made the runs, + if it had changes that were not committed
+    commit                 of the code that made the runs, + if it had changes that were not committed, resumed if a run
+                           was cut and went on (one of dqn.py or ddpg.py had lost its replay buffer then)
+    bold                   at or above all published figures of published.csv, with at most as many steps as the best of
+                           them had. A published training return is compared with ours, which is stricter than an
+                           evaluation; a maximum over training with our final evaluation, which is stricter than it.
+
+published.csv has a row per published figure. Its std is that over seeds, empty where the source has one run or another
+spread. Its metric is "final deterministic", "training return" or "maximum over training"; what differs from that, as
+sampled actions, stands in the source.
 """
 
 import sys
@@ -53,8 +63,6 @@ COLOURS = {  # tell apart for the colour-blind, too: M. Okabe, K. Ito: Color Uni
     "reinforce-total-return": "#0072B2",
 }
 
-# The best figures we know of. zoo: RL Baselines3 Zoo, tuned settings, deterministic evaluation. CleanRL: its
-# documentation, default settings, training returns. Fujimoto: arXiv:1802.09477. goal: our own; nobody publishes one.
 PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"))
 
 
@@ -65,8 +73,9 @@ def training_seconds(wall_times: np.ndarray) -> np.ndarray:
     return np.cumsum(np.where(gaps > 60 + 10 * usual, usual, gaps))
 
 
-def read_run(folder: Path) -> tuple[pd.DataFrame, np.ndarray]:
-    """Learning curve of the run in `folder`, WINDOWS rows, and its evaluation returns, shape (episodes,)."""
+def read_run(folder: Path) -> tuple[pd.DataFrame, np.ndarray, float]:
+    """The run in `folder`: its learning curve, WINDOWS rows; its evaluation returns, shape (episodes,); and the mean
+    return of its last 100 training episodes."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
 
     def points(tag: str) -> pd.DataFrame:
@@ -90,7 +99,8 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, np.ndarray]:
             "mean": curve("charts/episodic_return"),
         }
     )
-    return curves, points("eval/episodic_return").value.to_numpy()
+    training = points("charts/episodic_return").value.tail(100).mean()
+    return curves, points("eval/episodic_return").value.to_numpy(), training
 
 
 def interquartile_mean(evaluations: np.ndarray) -> tuple[float, float, float]:
@@ -108,31 +118,35 @@ def interquartile_mean(evaluations: np.ndarray) -> tuple[float, float, float]:
 
 def summarise(folders: list[Path], env_id: str, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The row of results.csv and the rows of curves.csv of one algorithm on one environment; a folder per seed."""
-    curves, evaluations = zip(*(read_run(folder) for folder in folders), strict=True)
+    curves, evaluations, training = zip(*(read_run(folder) for folder in folders), strict=True)
     last = pd.concat([curve.iloc[[-1]] for curve in curves])
     means = np.mean(evaluations, axis=1)
     iqm, low, high = interquartile_mean(np.array(evaluations))
+    lines = [line for folder in folders for line in (folder.parent / "log.txt").read_text().splitlines()]
+    commits = {line.split()[0] for line in lines if " python algos/" in line}
+    commits |= {line for line in lines if line.startswith("resumed ")}
     row = {
         "environment": env_id,
         "algorithm": name,
         "seeds": len(folders),
         "episodes": len(evaluations[0]),
         "mean": means.mean(),
-        "std": means.std(),
+        "std": means.std(ddof=1) if len(means) > 1 else np.nan,
+        "training": np.mean(training),
         "iqm": iqm,
         "iqm_low": low,
         "iqm_high": high,
         "steps": round(last.steps.mean()),
         "seconds": last.seconds.mean(),
         "steps_per_second": round((last.steps / last.seconds).mean()),
-        "commit": ", ".join(sorted({(folder.parent / "log.txt").read_text().split()[0] for folder in folders})),
+        "commit": ", ".join(sorted(commits)),
     }
     by_window = pd.concat(curves).groupby(level=0)
     curve = by_window.mean()
     curve.insert(3, "std", by_window["mean"].std(ddof=0))
     curve.insert(0, "environment", env_id)
     curve.insert(1, "algorithm", name)
-    return pd.DataFrame([row]).merge(PUBLISHED, how="left"), curve
+    return pd.DataFrame([row]), curve
 
 
 def update(path: Path, new: pd.DataFrame) -> pd.DataFrame:
@@ -142,16 +156,42 @@ def update(path: Path, new: pd.DataFrame) -> pd.DataFrame:
         old = pd.read_csv(path, dtype={"commit": str})  # not 12e4567, a number
         kept = old[~old.set_index(key).index.isin(new.set_index(key).index)]
         new = pd.concat([kept, new])[new.columns]  # a file of before may have others
-    order = {name: i for i, name in enumerate([*PUBLISHED.environment, *COLOURS])}
+    order = {name: i for i, name in reversed(list(enumerate([*PUBLISHED.environment, *COLOURS])))}
     new = new.sort_values(key, key=lambda column: column.map(order), kind="stable")  # what is not in it comes last
     new.to_csv(path, index=False, float_format="%.5g")
     return new
 
 
+def published(row) -> pd.DataFrame:
+    """The published figures of a row of results.csv, the best first, of equal ones that with the fewest steps."""
+    here = PUBLISHED[(PUBLISHED.environment == row.environment) & (PUBLISHED.algorithm == row.algorithm)]
+    return here.sort_values(["return", "steps"], ascending=[False, True])
+
+
+def at_or_above(row, figures: pd.DataFrame) -> bool:
+    """Is our row at or above the published figures, with at most as many steps as the best of them?"""
+    if figures.empty:
+        return False
+    ours = np.where(figures.metric == "training return", row.training, row.mean)
+    return bool((ours >= figures["return"]).all() and row.steps <= figures.steps.iloc[0])
+
+
 def score(row, digits: int) -> str:
-    """Mean ± standard deviation, if there are several seeds; bold where the mean is at least the published figure."""
+    """Mean ± standard deviation, if there are several seeds; bold where it is at or above what is published."""
     text = f"{row.mean:.{digits}f}" + (f" ± {row.std:.{digits}f}" if row.seeds > 1 else "")
-    return f"**{text}**" if row.mean >= row.published else text
+    return f"**{text}**" if at_or_above(row, published(row)) else text
+
+
+def short(steps: float) -> str:
+    """Steps to two digits, as 60k or 1.5M; ? if they are not known."""
+    return "?" if np.isnan(steps) else EngFormatter(sep="")(float(f"{steps:.2g}"))
+
+
+def figure_text(figure, digits: int) -> str:
+    """A published figure with its steps, seeds, and its metric if that is not the final evaluation."""
+    spread = "" if np.isnan(figure.std) else f" ± {figure.std:.{digits}f}"
+    metric = {"training return": ", training", "maximum over training": ", maximum"}.get(figure.metric, "")
+    return f"{figure.mean:.{digits}f}{spread} ({short(figure.steps)} x {figure.seeds}{metric})"
 
 
 def markdown_rows(rows: list[list]) -> str:
@@ -161,37 +201,43 @@ def markdown_rows(rows: list[list]) -> str:
 
 
 def overview(table: pd.DataFrame) -> str:
-    """A row per environment, a column per algorithm."""
-    rows, seeds = [["", *ALGORITHMS]], table.seeds.max()
+    """A row per environment, a column per algorithm: our figure, and below it the best published one."""
+    rows = [["", *ALGORITHMS]]
     for env_id, here in table.groupby("environment", sort=False):
         cells = {}
         for row in here.itertuples():
-            cells[row.algorithm] = score(row, 0) + (f" ({row.seeds})" if row.seeds < seeds else "")
+            ours = f"{score(row, 0)} ({short(row.steps)} x {row.seeds})"
+            figures = published(row).rename(columns={"return": "mean"})
+            best = figure_text(next(figures.itertuples()), 0) if len(figures) else "none"
+            cells[row.algorithm] = f"{ours}<br>{best}"
         rows.append([env_id, *(cells.get(name, "") for name in ALGORITHMS)])
-    few = " (fewer in brackets)" if table.seeds.min() < seeds else ""
     commits = sorted({commit for commits in table.commit for commit in commits.split(", ")})
     return (
         f"{markdown_rows(rows)}\n"
-        f"Mean ± standard deviation over {seeds} seeds{few} of the return of the final deterministic policy.\n"
-        "Bold: at or above the best figure that we know of ([sources](benchmark/published.csv)).\n"
+        "Above: the return of the final deterministic policy, mean ± sample deviation over the seeds (steps x seeds).\n"
+        "Below: the best published figure; one of training episodes, or the maximum over training, is named as such.\n"
+        "Bold: at or above all [published figures](benchmark/published.csv), with no more steps than the best.\n"
         f"Made at {', '.join(commits)}.\n"
     )
 
 
 def details(table: pd.DataFrame) -> str:
-    """results.csv as a Markdown table."""
-    columns = "environment algorithm seeds episodes return IQM published steps seconds steps/s commit"
+    """results.csv as a Markdown table, with every published figure."""
+    columns = "environment algorithm seeds episodes return training IQM steps seconds steps/s commit published"
     rows = [columns.split()]
     for row in table.itertuples():
         interval = "" if np.isnan(row.iqm_low) else f" [{row.iqm_low:.1f}, {row.iqm_high:.1f}]"
-        published = "" if np.isnan(row.published) else f"{row.published:.0f} ({row.source})"
-        cells = [row.environment, row.algorithm, row.seeds, row.episodes, score(row, 1), f"{row.iqm:.1f}{interval}"]
-        cells += [published, f"{row.steps:,}", f"{row.seconds:,.0f}", f"{row.steps_per_second:,}", row.commit]
+        training = "" if np.isnan(row.training) else f"{row.training:.1f}"
+        cells = [row.environment, row.algorithm, row.seeds, row.episodes, score(row, 1), training]
+        cells += [f"{row.iqm:.1f}{interval}", f"{row.steps:,}", f"{row.seconds:,.0f}", f"{row.steps_per_second:,}"]
+        figures = published(row).rename(columns={"return": "mean"})
+        cells += [row.commit, "; ".join(figure_text(figure, 1) for figure in figures.itertuples())]
         rows.append(cells)
     return (
         f"{markdown_rows(rows)}\n"
-        "IQM: interquartile mean with a 95 % bootstrap interval. Seconds and steps/s: of training, a thread per run.\n"
-        "What else the columns mean, and the sources: report.py.\n"
+        "Training: the last 100 training episodes. IQM: interquartile mean with a 95 % bootstrap interval.\n"
+        "Seconds and steps/s: of training, a thread per run. Published: return (steps x seeds).\n"
+        "What the columns mean: report.py. Sources: published.csv.\n"
     )
 
 

@@ -1,5 +1,6 @@
 """benchmark.sh: its list, what it skips, resumes and survives. report.py: known numbers from small logs."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -14,15 +15,16 @@ from conftest import ROOT, load, run_inside
 from torch.utils.tensorboard import SummaryWriter
 
 report = load(ROOT / "benchmark/report.py")
-MEASUREMENT = "benchmark/gradient_variance.py --out benchmark/gradient_variance.csv"
-REPORT = "benchmark/report.py runs/benchmark benchmark"
+MEASUREMENT = "benchmark/gradient_variance.py --out {}/gradient_variance.csv"
+REPORT = "benchmark/report.py runs/benchmark {}"
+PART = "runs/benchmark"  # where a part of the list has its tables and pictures
 
-# In the place of python: a training that takes no time. It writes its command line to the file `calls`. With seed 2 it
+# In the place of python: a training that takes no time. It writes its command line to the file `calls`. With seed 12 it
 # fails where a file `fails` exists; where a file `cut` exists it stops like a run that was interrupted.
 FAKE_PYTHON = """#!/usr/bin/env bash
 args="$*" && echo "$args" >>calls
 [[ $1 == benchmark/* ]] && exit
-[[ $args == *"--seed 2"* && -e fails ]] && { echo "error: the fake failed"; exit 1; }
+[[ $args == *"--seed 12"* && -e fails ]] && { echo "error: the fake failed"; exit 1; }
 [[ $args != *--log-dir* ]] || { cd "${args##*--log-dir }" && mkdir run && touch run/checkpoint.pt && cd - || exit; }
 [[ -e cut ]] && { echo "stopped (step 1); resume with: python"; exit 130; }
 echo "eval: mean_return=1.00"
@@ -54,38 +56,63 @@ def run(tmp_path):
 
 def test_list(run):
     """It is complete. Its flags exist and differ from the defaults: they say what is special about an experiment."""
-    status, output, calls = run("--dry-run", ENVS="", ALGOS="", SEEDS="2")
+    status, output, calls = run("--dry-run", ENVS="", ALGOS="", SEEDS="")
     *commands, last = output.splitlines()
-    assert (status, calls, last) == (0, [], f"python {MEASUREMENT}")
+    assert (status, calls, last) == (0, [], f"python {MEASUREMENT.format('benchmark')}")
     experiments = set()
     for command in commands:
         _, script, *flags = command.split()
         Args = load(ROOT / script).Args
         args = tyro.cli(Args, args=flags)  # refuses unknown flags
-        for name in set(re.findall(r"--(?:no-)?([a-z-]+)", command)) - {"env-id", "total-timesteps", "seed"}:
+        everywhere = {"env-id", "total-timesteps", "seed", "device"}
+        for name in set(re.findall(r"--(?:no-)?([a-z-]+)", command)) - everywhere:
             assert vars(args)[name.replace("-", "_")] != vars(Args())[name.replace("-", "_")], command
         experiments.add((args.env_id, args.exp_name, args.seed))
-    wanted = [*zip(report.PUBLISHED.environment, report.PUBLISHED.algorithm, strict=True)]
-    wanted += [("CartPole-v1", name) for name in report.WEIGHTS.values()]
-    assert experiments == {(*experiment, seed) for experiment in wanted for seed in (1, 2)}
+    for env_id, name in {experiment[:2] for experiment in experiments}:
+        seeds = {seed for *experiment, seed in experiments if experiment == [env_id, name]}
+        assert seeds == set(range(11, 16 if env_id in ("CartPole-v1", "Acrobot-v1", "Pendulum-v1") else 14))
+    assert {("CartPole-v1", name, 11) for name in report.WEIGHTS.values()} < experiments
 
 
 def test_part(run):
     assert run(ENVS="CartPole") == (2, 'error: no experiment with ALGOS="ppo" ENVS="CartPole"\n', [])
     assert run("-n")[::2] == (2, [])
-    assert run(ALGOS="reinforce")[2][3:] == [MEASUREMENT, REPORT]
-    call, *others, last = run(ALGOS="reinforce", SCALE="0.1", JOBS="1")[2]  # a quick look does not touch the results
-    assert call.endswith(" 40000 --seed 1 --eval-episodes 5 --log-dir runs/benchmark-0.1/CartPole-v1__reinforce__1")
+    assert run(ALGOS="reinforce")[2][3:] == [MEASUREMENT.format(PART), REPORT.format(PART)]
+    call, *others, last = run(ALGOS="reinforce", SCALE="0.1", JOBS="1", FIRST_SEED="3")[2]
+    flags = "40000 --seed 3 --eval-episodes 5 --device cpu --log-dir runs/benchmark-0.1/CartPole-v1__reinforce__3"
+    assert call.endswith(f" {flags}")
     assert (len(others), last) == (2, "benchmark/report.py runs/benchmark-0.1 runs/benchmark-0.1")
+
+
+def test_only_a_complete_run_or_publish_replaces_the_results(run):
+    assert run()[2][-1] == REPORT.format(PART)
+    assert run("--publish")[::2] == (0, [REPORT.format("benchmark")])
+    assert run(SEEDS="", ALGOS="", ENVS="", JOBS="50")[2][-1] == REPORT.format("benchmark")
+
+
+def test_it_says_how_long_it_will_take(run, tmp_path):
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark/results.csv").write_text("environment,algorithm,seconds\nCartPole-v1,ppo,7200\n")
+    _, output, _ = run(ALGOS="ppo dqn", SEEDS="2", JOBS="4")
+    assert "4 runs to go: about 1.0 hours (DDPG 0.0), and 2 runs of unknown length\n" in output
+    assert "0 runs to go" in run(ALGOS="ppo dqn", SEEDS="2")[1]
+
+
+def test_two_at_once_on_one_folder(run, tmp_path):
+    (tmp_path / "runs/benchmark").mkdir(parents=True)
+    with (tmp_path / "runs/benchmark/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run() == (2, f"error: another {tmp_path}/benchmark.sh is at work in runs/benchmark\n", [])
 
 
 def test_finished_runs_are_skipped_and_cut_ones_resumed(run, tmp_path):
     (tmp_path / "cut").touch()
     assert run()[0] == 1
     (tmp_path / "cut").unlink()
-    resume = "algos/ppo.py --resume runs/benchmark/CartPole-v1__ppo__1/run/checkpoint.pt"
-    assert run()[::2] == (0, [resume, REPORT])
-    assert run()[::2] == (0, [REPORT])
+    resume = "algos/ppo.py --resume runs/benchmark/CartPole-v1__ppo__11/run/checkpoint.pt"
+    assert run()[::2] == (0, [resume, REPORT.format(PART)])
+    assert "\nresumed unknown+\n" in (tmp_path / "runs/benchmark/CartPole-v1__ppo__11/log.txt").read_text()
+    assert run()[::2] == (0, [REPORT.format(PART)])
     script = (tmp_path / "benchmark.sh").read_text()
     (tmp_path / "benchmark.sh").write_text(script.replace("CartPole-v1 60000", "CartPole-v1 60000 --gamma 0.9"))
     status, _, (call, _) = run()  # other settings: it starts anew, in an empty folder
@@ -96,7 +123,7 @@ def test_a_failing_run_is_survived_and_named(run, tmp_path):
     (tmp_path / "fails").touch()
     status, output, calls = run(SEEDS="3", JOBS="1")
     assert (status, len(calls), "1 of 3 runs failed" in output) == (1, 4, True)
-    assert output.endswith("CartPole-v1__ppo__2/log.txt: error: the fake failed\n")
+    assert output.endswith("CartPole-v1__ppo__12/log.txt: error: the fake failed\n")
 
 
 def test_a_real_run_that_is_cut_goes_on_and_is_reported(run, tmp_path):
@@ -139,17 +166,50 @@ def write_run(folder, returns, evaluation, end="eval: mean_return=", pause_after
 
 
 def test_report_of_known_numbers(tmp_path):
-    write_run(tmp_path / "Hopper-v5__ppo__1", np.arange(100), [0, 10, 20, 30], pause_after=50)
-    write_run(tmp_path / "Hopper-v5__ppo__2", np.arange(100) + 2, [4000, 4010, 4820, 4830])
-    write_run(tmp_path / "Hopper-v5__ppo__3", np.arange(100), [0, 0, 0, 0], end="stopped (step 10)")  # is left out
+    write_run(tmp_path / "Hopper-v5__ppo__1", np.arange(200), [0, 10, 20, 30], pause_after=50)
+    write_run(tmp_path / "Hopper-v5__ppo__2", np.arange(200) + 2, [4000, 4010, 4820, 4830])
+    write_run(tmp_path / "Hopper-v5__ppo__3", np.arange(200), [0, 0, 0, 0], end="stopped (step 10)")  # is left out
     report.main(tmp_path, tmp_path)
-    # Mean and deviation of 15 and 4415; the mean of 20, 30, 4000 and 4010, the middle half, with an interval that ends
-    # at 15 and 4415, for a draw of one seed twice is among the 95 %. The pause of an hour does not count.
-    cells = "2 | 4 | 2215.0 ± 2200.0 | 2015.0 [15.0, 4415.0] | 2410 (zoo) | 1,000 | 100 | 10 | 12e4567"
-    assert f"| Hopper-v5 | ppo | {cells} |" in (tmp_path / "results.md").read_text()
+    # Mean and sample deviation of 15 and 4415; the last hundred training episodes; the mean of 20, 30, 4000 and 4010,
+    # the middle half, with an interval that ends at 15 and 4415, for a draw of one seed twice is among the 95 %. The
+    # pause of an hour does not count.
+    cells = "2 | 4 | 2215.0 ± 3111.3 | 150.5 | 2015.0 [15.0, 4415.0] | 2,000 | 200 | 10 | 12e4567 | 2761.2 (1M x 3, "
+    assert f"| Hopper-v5 | ppo | {cells}" in (tmp_path / "results.md").read_text()
     curve = pd.read_csv(tmp_path / "curves.csv")[["steps", "seconds", "mean", "std"]]
-    i = np.arange(50)  # windows of two episodes
-    np.testing.assert_allclose(curve, np.stack([20 * i + 20, 2 * i + 2, 2 * i + 1.5, 1 + 0 * i], axis=1))
+    i = np.arange(50)  # windows of four episodes
+    np.testing.assert_allclose(curve, np.stack([40 * i + 40, 4 * i + 4, 4 * i + 2.5, 1 + 0 * i], axis=1))
+
+
+@pytest.mark.parametrize(
+    ("mean", "training", "steps", "published", "bold"),
+    [
+        (100, 90, 1000, [(100, 1000, "final deterministic")], True),
+        (99, 90, 1000, [(100, 1000, "final deterministic")], False),
+        (100, 90, 1001, [(100, 1000, "final deterministic")], False),  # it had more steps
+        (100, 90, 1000, [(100, np.nan, "final deterministic")], False),  # who knows how many steps that took
+        (100, 90, 1000, [(95, 1000, "training return")], False),  # an evaluation has less noise
+        (100, 95, 1000, [(95, 1000, "training return")], True),
+        (100, 90, 1000, [(100, 1000, "maximum over training")], True),  # the final policy is at most as good
+        (100, 90, 1000, [(90, 500, "final deterministic"), (100, 2000, "final deterministic")], True),
+        (100, 90, 1000, [(100, 500, "final deterministic"), (100, 2000, "final deterministic")], False),
+        (100, 90, 1000, [(90, 1000, "final deterministic"), (101, 500, "maximum over training")], False),
+        (100, 90, 1000, [], False),
+    ],
+)
+def test_bold_is_what_is_at_or_above_like_for_like(mean, training, steps, published, bold, monkeypatch):
+    figures = pd.DataFrame(published, columns=["return", "steps", "metric"])
+    monkeypatch.setattr(report, "PUBLISHED", figures.assign(environment="E", algorithm="ppo"))
+    table = pd.DataFrame([{"environment": "E", "algorithm": "ppo", "mean": mean, "training": training, "steps": steps}])
+    (row,) = table.assign(seeds=1, std=np.nan).itertuples()
+    assert report.score(row, 0) == (f"**{mean}**" if bold else f"{mean}")
+
+
+def test_published_figures():
+    figures = report.PUBLISHED
+    assert set(figures.metric) == {"final deterministic", "training return", "maximum over training"}
+    assert set(figures.algorithm) == set(report.ALGORITHMS)
+    assert not figures.drop(columns=["std", "steps"]).isna().any(axis=None)
+    assert not figures.duplicated().any()
 
 
 def test_report_keeps_what_it_has_no_runs_of(tmp_path):
@@ -159,7 +219,7 @@ def test_report_keeps_what_it_has_no_runs_of(tmp_path):
         write_run(runs / f"CartPole-v1__{name}", np.ones(60), [evaluation])
     report.main(runs, results)
     shutil.rmtree(runs)
-    write_run(runs / "CartPole-v1__a2c__1", np.zeros(60), [400])
+    write_run(runs / "CartPole-v1__a2c__1", np.full(60, 500), [400])
     write_run(runs / "CartPole-v1__reinforce__1", np.ones(60), [500])
     pd.read_csv(results / "curves.csv").assign(old=0).to_csv(results / "curves.csv", index=False)
     report.main(runs, results)
@@ -170,8 +230,11 @@ def test_report_keeps_what_it_has_no_runs_of(tmp_path):
     assert set(pd.read_csv(results / "results.csv", dtype=str).commit) == {"12e4567"}  # never read as a number
     curves = pd.read_csv(results / "curves.csv")
     assert curves.columns.tolist() == ["environment", "algorithm", "steps", "seconds", "mean", "std"]
-    assert curves[curves.algorithm == "a2c"]["mean"].tolist() == [0] * 50  # the new curve alone
+    assert curves[curves.algorithm == "a2c"]["mean"].tolist() == [500] * 50  # the new curve alone
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert lines[:3] == ["before", "<!-- results -->", "|  | reinforce | a2c | ppo | trpo | dqn | ddpg |"]
-    assert "| CartPole-v1 | **500** (1) | 400 (1) |  | **500 ± 0** |  |  |" in lines  # bold: at the published figure
+    cells = (
+        "500 (600 x 1)<br>483 (200k x 4, training) | 400 (600 x 1)<br>500 (500k x 1) |  | **500 ± 0** (600 x 2)<br>500"
+    )
+    assert f"| CartPole-v1 | {cells} (100k x 1) |  |  |" in lines
     assert lines[-2:] == ["<!-- results -->", "after"]
