@@ -145,8 +145,8 @@ class Agent(nn.Module):
         self.critic = nn.Sequential(*mlp(num_features, hidden_sizes, 1, 1.0), nn.Flatten(0))  # (B,), not (B, 1)
 
     def preprocess(self, obs):
-        """Arrays (..., *obs_space.shape) as the networks take them: float32, bytes in [0, 1], images channels first."""
-        x = obs / np.float32(255) if obs.dtype == np.uint8 else obs.astype(np.float32)
+        """Arrays (..., *obs_space.shape) as the networks take them: float32; images in [0, 1], channels first."""
+        x = obs / np.float32(255) if self.is_image else obs.astype(np.float32)
         if self.obs_stats is not None:
             mean, var = self.obs_stats.mean.numpy(force=True), self.obs_stats.var.numpy(force=True)
             x = ((obs - mean) / np.sqrt(var + 1e-8)).clip(-10, 10).astype(np.float32)

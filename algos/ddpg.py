@@ -106,12 +106,8 @@ class Agent(nn.Module):
         self.actor = mlp(obs_space.shape[0], args.hidden_sizes, self.num_actions)
         self.critic = mlp(obs_space.shape[0] + self.num_actions, args.hidden_sizes, 1)
 
-    def preprocess(self, obs):
-        """Observations as the networks take them: float32, bytes scaled to [0, 1]."""
-        return obs.astype(np.float32) / (255 if obs.dtype == np.uint8 else 1)
-
     def mu(self, x):
-        """μ(s) in [-1, 1], shape (B, number of axes), of preprocessed observations x."""
+        """μ(s) in [-1, 1], shape (B, number of axes), of observations x."""
         return self.actor(x).tanh()
 
     def q(self, x, actions):
@@ -123,7 +119,7 @@ class Agent(nn.Module):
 
         @torch.inference_mode()
         def act(obs):
-            x = torch.as_tensor(self.preprocess(obs), device=self.actor[0].weight.device)
+            x = torch.as_tensor(obs, dtype=torch.float32, device=self.actor[0].weight.device)
             return self.mu(x).numpy(force=True)
 
         return act
@@ -198,7 +194,6 @@ def train(args):
         seed = args.seed + first_step  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
         obs, _ = envs.reset(seed=seed)
-        obs = agent.preprocess(obs)
         act = agent.numpy_policy()
         valid = np.ones(N, bool)  # false on steps that only reset
         theta = 0.15 if args.noise == "ou" else 1.0
@@ -213,7 +208,6 @@ def train(args):
             else:
                 actions = (act(obs) + noise).clip(-1, 1)
             next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
-            next_obs = agent.preprocess(next_obs)
             rewards = rewards * valid
             ended = terminated | truncated
             buffer.add(obs[valid], actions[valid], rewards[valid], next_obs[valid], terminated[valid])

@@ -128,8 +128,8 @@ class Agent(nn.Module):
         self.q = mlp(num_features, hidden_sizes, int(action_space.n))
 
     def preprocess(self, obs):
-        """Arrays (..., *obs_space.shape) as the networks take them: float32, bytes in [0, 1], images channels first."""
-        x = obs / np.float32(255) if obs.dtype == np.uint8 else obs.astype(np.float32)
+        """Arrays (..., *obs_space.shape) as the networks take them: float32; images in [0, 1], channels first."""
+        x = obs / np.float32(255) if self.is_image else obs.astype(np.float32)
         channels_last = self.is_image and self.obs_space.shape[2] < self.obs_space.shape[0]
         return np.moveaxis(x, -1, -3) if channels_last else x
 
