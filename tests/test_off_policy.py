@@ -71,63 +71,40 @@ def assert_saved(log_dir, **networks):
 # ---- replay buffers
 
 
-@pytest.mark.parametrize("stack", [1, 4])
+@pytest.mark.parametrize("env_id", ["tests.tiny_envs:Trace-v0", "ALE/Breakout-v5"])
 @pytest.mark.parametrize(("size", "num_envs"), [(2, 1), (43, 3), (1000, 3)])
-def test_buffer_of_dqn(stack, size, num_envs):
-    """Against a list of all transitions; the reward tells which one it is."""
-    rng, N, history = np.random.default_rng(0), num_envs, []
-    frame_shape = (3, 4) if stack > 1 else (3,)
-    space = spaces.Box(0, 255, (stack, *frame_shape) if stack > 1 else frame_shape, np.uint8)
-    buffer = dqn.ReplayBuffer(size, N, space, stack)
-
-    def follow(obs, new):
-        frames = rng.integers(1, 256, (N, *frame_shape), np.uint8)
-        if stack == 1:
-            return frames
-        past = obs[:, 1:] * ~new.reshape(N, 1, 1, 1)  # black before the start of an episode
-        return np.concatenate([past, frames[:, None]], 1)
+def test_buffer_of_dqn(env_id, size, num_envs):
+    """Against a list of all transitions. In the place of the reward is the number of the transition."""
+    is_atari, rng, N, history = "ALE" in env_id, np.random.default_rng(0), num_envs, []
+    if is_atari:
+        pytest.importorskip("ale_py")
+    kwargs = {"max_num_frames_per_episode": 60} if is_atari else {}
+    envs = dqn.make_envs(dqn.Args(env_id=env_id, env_kwargs=kwargs), N)
+    buffer = dqn.ReplayBuffer(size, N, envs.single_observation_space, stack=4 if is_atari else 1)
 
     def check(batch):
         for obs, action, reward, next_obs, terminated in zip(*batch, strict=True):
             t, n = divmod(int(reward), N)
-            expected = [x[n] for x in history[t]]
-            assert expected[5], "a step that only reset"
-            for ours, theirs in zip(expected, (obs, action, reward, next_obs, terminated), strict=False):
+            *expected, valid = (x[n] for x in history[t])
+            assert valid, "a step that only reset"
+            for ours, theirs in zip(expected, (obs, action, reward, next_obs, terminated), strict=True):
                 np.testing.assert_array_equal(theirs, ours)
             yield t, n
 
-    obs, valid = follow(np.zeros((N, *space.shape), np.uint8), np.ones(N, bool)), np.ones(N, bool)
-    for t in range(300):
-        next_obs, actions = follow(obs, ~valid), rng.integers(5, size=N)
-        ended = valid & (rng.random(N) < 0.2)
-        terminated = ended & (rng.random(N) < 0.5)
-        history.append((obs, actions, np.arange(N) + N * t, next_obs, terminated, valid))
+    obs, valid = envs.reset(seed=1)[0].copy(), np.ones(N, bool)
+    for t in range(100):
+        actions = rng.integers(3, size=N)
+        next_obs, _, terminated, truncated, _ = envs.step(actions)
+        history.append((obs, actions, np.arange(N) + N * t, next_obs.copy(), terminated.copy(), valid))
         buffer.add(*history[-1])
         assert len(list(check(buffer.sample(8, rng)))) == 8
-        obs, valid = next_obs, ~ended
-    drawn = Counter(check(buffer.sample(30 * min(size, 300 * N), rng)))
-    kept = {(t, n) for t in range(max(0, 300 - size // N), 300) for n in range(N) if history[t][5][n]}
+        obs, valid = history[-1][3], ~(terminated | truncated)
+    envs.close()
+    drawn = Counter(check(buffer.sample(30 * min(size, 100 * N), rng)))
+    kept = {(t, n) for t in range(max(0, 100 - size // N), 100) for n in range(N) if history[t][5][n]}
     assert drawn.keys() == kept
     mean = sum(drawn.values()) / len(kept)
     assert 0.25 * mean < min(drawn.values()) <= max(drawn.values()) < 2 * mean
-
-
-def test_buffer_of_dqn_gives_ataris_frames_back():
-    pytest.importorskip("ale_py")
-    args, rng, history = dqn.Args(env_id="ALE/Breakout-v5"), np.random.default_rng(0), []
-    envs = dqn.make_envs(args, 2)
-    buffer = dqn.ReplayBuffer(200, 2, envs.single_observation_space, stack=4)
-    obs, valid = envs.reset(seed=1)[0].copy(), np.ones(2, bool)
-    for t in range(150):
-        next_obs, _, terminated, truncated, _ = envs.step(rng.integers(4, size=2))
-        history.append((obs, next_obs.copy()))
-        buffer.add(obs, 0, np.array([2 * t, 2 * t + 1]), next_obs, terminated, valid)
-        obs, valid = next_obs.copy(), ~(terminated | truncated)
-    envs.close()
-    b_obs, _, rewards, b_next_obs, _ = buffer.sample(500, rng)
-    for i, (t, n) in enumerate(divmod(int(reward), 2) for reward in rewards):
-        np.testing.assert_array_equal(b_obs[i], history[t][0][n])
-        np.testing.assert_array_equal(b_next_obs[i], history[t][1][n])
 
 
 @pytest.mark.parametrize(("flags", "needed"), [("", "0.0"), ("--env-id ALE/Pong-v5 --buffer-size 1000000", "7.1")])
@@ -217,38 +194,29 @@ def test_share_of_random_actions(num_envs, monkeypatch, tmp_path):
         assert epsilon == pytest.approx(max(0.9 - 0.6 * (step - num_envs) / 4000, 0.3))
 
 
-def test_ddpgs_first_actions_are_uniform_and_later_ones_those_of_the_policy_with_noise(monkeypatch, tmp_path):
-    policy = np.float32([0.3, -0.2])
-    monkeypatch.setattr(ddpg.Agent, "numpy_policy", lambda agent: lambda obs: np.tile(policy, (len(obs), 1)))
-    run(ddpg, tmp_path, total_timesteps=2400, learning_starts=1600, exploration_noise=0.2, num_envs=4)
-    first, last = [], []
-    for env in range(1, 5):
-        actions = in_units([step.action for step in Trace.training() if step.env == env])
-        first.append(actions[:250])  # of 400 steps, some of which only reset
-        last.append(actions[-140:])
-    first, last = np.concatenate(first), np.concatenate(last)
+@pytest.mark.parametrize(("noise", "theta"), [("gaussian", 1.0), ("ou", 0.15)])
+def test_ddpgs_first_actions_are_uniform_and_later_ones_those_of_the_policy_with_noise(
+    noise, theta, monkeypatch, tmp_path
+):
+    """Noise x starts at ε √(1 - (1 - θ)²), keeps 1 - θ of the last x, and has the deviation σ in the long run."""
+    mean = np.float32([0.3, -0.2])
+    monkeypatch.setattr(ddpg.Agent, "numpy_policy", lambda agent: lambda obs: np.tile(mean, (len(obs), 1)))
+    args = dict(noise=noise, exploration_noise=0.2, learning_starts=6000, num_envs=20, longest=40)
+    run(ddpg, tmp_path, total_timesteps=6000, **args)
+    first = in_units([step.action for step in Trace.training()])
     for axis in first.T:
-        assert np.histogram(axis, 4, (-1, 1))[0] / len(axis) == pytest.approx([0.25] * 4, abs=0.06)
-    assert abs(np.corrcoef(first.T)[0, 1]) < 0.15
-    assert last.mean(0) == pytest.approx(policy, abs=0.04)
-    assert last.std(0) == pytest.approx([0.2, 0.2], abs=0.03)
-    assert abs(np.corrcoef(last[1:, 0], last[:-1, 0])[0, 1]) < 0.15
-
-
-def test_ornstein_uhlenbeck_noise(monkeypatch, tmp_path):
-    """x starts at ε √(1 - (1 - θ)²), keeps 1 - θ of the last x, and has the standard deviation σ in the long run."""
-    monkeypatch.setattr(ddpg.Agent, "numpy_policy", lambda agent: lambda obs: np.zeros((len(obs), 2), np.float32))
-    args = dict(noise="ou", exploration_noise=0.2, learning_starts=6000, num_envs=20, longest=40)
-    run(ddpg, tmp_path, total_timesteps=6000, **args)  # at random
+        assert np.histogram(axis, 4, (-1, 1))[0] / len(axis) == pytest.approx([0.25] * 4, abs=0.03)
+    assert abs(np.corrcoef(first.T)[0, 1]) < 0.05
     resume(ddpg, tmp_path, total_timesteps=12_000, **args)
-    steps = {step[:3]: in_units(step.action) for step in Trace.training()}
-    first = np.array([x for (_, _, t), x in steps.items() if t == 0])
-    later = np.array([x for (_, _, t), x in steps.items() if t > 20])
-    pairs = [(steps[env, episode, t - 1], x) for (env, episode, t), x in steps.items() if t > 0]
-    assert first.std(0) == pytest.approx([0.2 * np.sqrt(1 - 0.85**2)] * 2, rel=0.2)
-    assert later.std(0) == pytest.approx([0.2, 0.2], rel=0.2)
-    for before, after in np.array(pairs).transpose(2, 1, 0):
-        assert np.polyfit(before, after, 1) == pytest.approx([0.85, 0], abs=0.03)
+    x = {step[:3]: in_units(step.action) - mean for step in Trace.training()}
+    starts = np.array([x[key] for key in x if key[2] == 0])
+    later = np.array([x[key] for key in x if key[2] > 20])
+    pairs = np.array([(x[env, n, t - 1], x[env, n, t]) for env, n, t in x if t > 0])
+    assert starts.std(0) == pytest.approx([0.2 * np.sqrt(1 - (1 - theta) ** 2)] * 2, rel=0.2)
+    assert later.std(0) == pytest.approx([0.2, 0.2], rel=0.1)
+    assert later.mean(0) == pytest.approx([0, 0], abs=0.03)
+    for before, after in pairs.transpose(2, 1, 0):
+        assert np.polyfit(before, after, 1) == pytest.approx([1 - theta, 0], abs=0.03)
 
 
 # ---- whole runs: the weights at the end are those of the algorithm by hand, from the batches that were drawn

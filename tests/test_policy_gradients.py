@@ -98,10 +98,8 @@ def watch(module, patch):
             batch.agent, batch.x = given["agent"], given["x"][[key in real for key in keys(given["x"])]]
         for name in ("old_log_probs", "advantages", "returns", "weights"):
             assert not getattr(batch, name, torch.empty(0)).requires_grad, f"{name} are constants"
-        agent, batch.agent = batch.agent, copy.deepcopy(batch.agent)
+        batch.agent = copy.deepcopy(batch.agent)
         batch.results = original(*args, **kwargs)
-        if module in (a2c, ppo):
-            batch.gradient = gradient(batch.results[0], list(agent.parameters()), retain_graph=True)
         batches.append(batch)
         return batch.results
 
@@ -146,39 +144,6 @@ def test_gae_is_the_sum_of_its_definition(gamma, gae_lambda):
                 break
         assert advantages[t, n] == pytest.approx(expected)
         assert returns[t, n] == pytest.approx(expected + values[t, n])
-
-
-def test_ppo_loss():
-    """Ratios on both sides of the clipped range and within, with advantages of both signs."""
-    agent, args = make_agent(), ppo.Args(clip_coef=0.2, vf_coef=0.3, ent_coef=0.7)
-    x, actions = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    ratio, A = torch.tensor([0.5, 0.9, 1.5, 0.5, 1.1, 1.5]), torch.tensor([1.0, 2.0, 3.0, -4.0, -5.0, -6.0])
-    objective = torch.tensor([0.5, 1.8, 1.2 * 3, 0.8 * -4, -5.5, -9.0])
-    policy, values = look(agent, x)
-    returns = torch.randn(6)
-    batch = x, actions, policy.log_prob(actions).detach() - ratio.log(), A, returns
-    loss, policy_loss, value_loss, entropy, log_ratio = ppo.ppo_loss(agent, *batch, args)
-    torch.testing.assert_close(log_ratio, ratio.log())
-    torch.testing.assert_close(policy_loss, -objective.mean())
-    torch.testing.assert_close(value_loss, ((values - returns) ** 2).mean())
-    torch.testing.assert_close(entropy, -(policy.probs * policy.probs.log()).sum(-1).mean())
-    torch.testing.assert_close(loss, policy_loss + 0.3 * value_loss - 0.7 * entropy)
-    parts = policy_loss + 0.3 * value_loss + 0.7 * (policy.probs * policy.logits).sum(-1).mean()
-    parameters = list(agent.parameters())
-    expected = gradient(parts, parameters, retain_graph=True)
-    torch.testing.assert_close(gradient(loss, parameters), expected)
-
-
-def test_running_mean_and_variance_are_those_of_all_rows():
-    rng = np.random.default_rng(0)
-    for shape in ((), (3,)):
-        stats = ppo.RunningMeanStd(*shape)
-        batches = [rng.normal(9 * k, 1 + k, (size, *shape)) for k, size in enumerate((200, 1, 50, 7))]
-        for batch in batches:
-            stats.update(batch)
-        rows = np.concatenate(batches)
-        np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-4)
-        np.testing.assert_allclose(stats.var, rows.var(0), rtol=1e-4)
 
 
 # ---- the agent, the same text in all four files
@@ -296,19 +261,6 @@ def slow_advantages(agent, steps, rollout, gamma, gae_lambda, scale):
     return result
 
 
-def merge_minibatches(batches):
-    """The three minibatches of each of PPO's epochs as one batch, with the agent of before the update."""
-    sizes = [len(batch.x) for batch in batches[:3]]
-    assert max(sizes) - min(sizes) <= 1
-    epochs = []
-    for k in range(0, len(batches), 3):
-        names = ("x", "actions", "old_log_probs", "advantages", "returns")
-        parts = {name: torch.cat([getattr(batch, name) for batch in batches[k : k + 3]]) for name in names}
-        epochs.append(SimpleNamespace(agent=batches[k - k % 6].agent, **parts))
-    assert keys(epochs[0].x) != keys(epochs[1].x), "the order is new in each epoch"
-    return epochs
-
-
 @each(a2c, ppo, trpo)
 @pytest.mark.parametrize(
     ("env", "args"),
@@ -320,58 +272,69 @@ def merge_minibatches(batches):
     ],
 )
 def test_batches(module, env, args, monkeypatch, tmp_path):
-    """Each transition is in each epoch once, resets are in none, and all that goes with it is its own."""
+    """A batch has each step of its rollout once, resets not at all, and with each step what belongs to it."""
     batches, T = watch(module, monkeypatch), args.get("num_steps", 16)
-    args = dict(gae_lambda=0.7, gamma=0.9, learning_rate=1e-3, total_timesteps=8 * 4 * T) | args
-    args |= dict(vf_coef=0.3, ent_coef=0.7)
-    train(module, tmp_path, env, **args)
+    args = dict(gae_lambda=0.7, gamma=0.9, num_minibatches=1, total_timesteps=8 * 4 * T) | args
+    train(module, tmp_path, env, update_epochs=1, **args)
     steps, rollouts = played(T)
-    epochs = 2 if module is ppo else 1
-    if module is ppo:
-        batches = merge_minibatches(batches)
-    assert len(batches) == 8 * epochs
+    assert len(batches) == 8
     for k, batch in enumerate(batches):
-        order, so_far = keys(batch.x), sum((rollouts[i] for i in range(k // epochs + 1)), [])
+        so_far, order = [key for i in range(k + 1) for key in rollouts[i]], keys(batch.x)
         scale = reward_scale(steps, so_far, 0.9) if "norm_reward" in args else None
-        expected = slow_advantages(batch.agent, steps, rollouts[k // epochs], 0.9, args["gae_lambda"], scale)
+        expected = slow_advantages(batch.agent, steps, rollouts[k], 0.9, args["gae_lambda"], scale)
         assert sorted(order) == sorted(expected)
         advantages, returns = np.array([expected[key] for key in order]).T
-        actions = torch.tensor([steps[key].action for key in order])
-        policy, values = look(batch.agent, batch.x)
-        if module is a2c:
-            loss, policy_loss, value_loss, entropy = batch.results
-            torch.testing.assert_close(policy_loss, -(policy.log_prob(actions) * batch.advantages).mean())
-            torch.testing.assert_close(value_loss, (values - batch.returns).square().mean())
-            torch.testing.assert_close(entropy, policy.entropy().mean())
-            torch.testing.assert_close(loss, policy_loss + 0.3 * value_loss - 0.7 * entropy)
-        else:
-            assert torch.equal(batch.actions, actions)
+        if module is not a2c:
+            assert batch.actions.tolist() == [steps[key].action for key in order]
             advantages = (advantages - advantages.mean()) / advantages.std()
         np.testing.assert_allclose(batch.advantages, advantages, rtol=1e-3, atol=1e-3)
         if module is not trpo:
             np.testing.assert_allclose(batch.returns, returns, rtol=1e-3, atol=1e-3)
         if module is ppo:
-            torch.testing.assert_close(batch.old_log_probs, policy.log_prob(actions).detach())
-            explained = 1 - np.var(returns - values.detach().numpy()) / np.var(returns)
-            point = logged(tmp_path)["losses/explained_variance"][k // epochs]
-            assert point == ((k // epochs + 1) * 4 * T, pytest.approx(explained, rel=1e-2, abs=1e-3))
+            explained = 1 - np.var(returns - look(batch.agent, batch.x)[1].detach().numpy()) / np.var(returns)
+            point = logged(tmp_path)["losses/explained_variance"][k]
+            assert point == ((k + 1) * 4 * T, pytest.approx(explained, rel=1e-2, abs=1e-3))
 
 
 @each(a2c, ppo)
-def test_logged_losses_and_clipped_gradients(module, monkeypatch, tmp_path):
-    for clipped, max_grad_norm in ((True, 1e-3), (False, 1e9)):
-        with monkeypatch.context() as patch:
-            steps, batches = watch_optimizers(patch), watch(module, patch)
-            folder = tmp_path / str(clipped)
-            train(module, folder, max_grad_norm=max_grad_norm, update_epochs=1, num_minibatches=1)
-        assert len(steps) == len(batches) == 5
-        for k, (step, batch) in enumerate(zip(steps, batches, strict=True)):
-            norm = batch.gradient.norm()
-            assert (norm > max_grad_norm) == clipped
-            expected = batch.gradient * min(1, max_grad_norm / norm)
-            torch.testing.assert_close(step.gradient, expected, rtol=1e-3, atol=1e-7)
-            for name, value in zip(("policy_loss", "value_loss", "entropy"), batch.results[1:4], strict=True):
-                assert logged(folder)[f"losses/{name}"][k][1] == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e9])
+def test_gradients_are_those_of_the_loss_and_clipped(module, max_grad_norm, monkeypatch, tmp_path):
+    optimizer_steps, batches = watch_optimizers(monkeypatch), watch(module, monkeypatch)
+    args = dict(learning_rate=0.01, clip_coef=0.02, vf_coef=0.3, ent_coef=0.7, num_minibatches=1)
+    train(module, tmp_path, max_grad_norm=max_grad_norm, **args)
+    (steps, _), epochs, outside = played(), 2 if module is ppo else 1, 0
+    assert len(optimizer_steps) == len(batches) == 5 * epochs
+    for k, (step, batch) in enumerate(zip(optimizer_steps, batches, strict=True)):
+        actions, A = torch.tensor([steps[key].action for key in keys(batch.x)]), batch.advantages
+        policy, values = look(batch.agent, batch.x)
+        objective = policy.log_prob(actions) * A
+        if module is ppo:
+            old_policy, _ = look(batches[k - k % 2].agent, batch.x)
+            ratio = (policy.log_prob(actions) - old_policy.log_prob(actions).detach()).exp()
+            objective = torch.min(ratio * A, ratio.clamp(0.98, 1.02) * A)
+            outside += (objective < ratio * A).sum()
+        losses = {"policy_loss": -objective.mean(), "value_loss": (values - batch.returns).square().mean()}
+        losses["entropy"] = -(policy.probs * policy.probs.log()).sum(1).mean()
+        loss = losses["policy_loss"] + 0.3 * losses["value_loss"] - 0.7 * losses["entropy"]
+        expected = gradient(loss, list(batch.agent.parameters()))
+        assert expected.norm() > 1e-3
+        expected *= min(1, max_grad_norm / expected.norm())
+        torch.testing.assert_close(step.gradient, expected, rtol=1e-3, atol=1e-4 * expected.norm().item())
+        if k % epochs == epochs - 1:  # the last epoch is logged
+            for name, value in losses.items():
+                assert logged(tmp_path)[f"losses/{name}"][k // epochs][1] == pytest.approx(value.item(), abs=1e-4)
+    assert (outside > 20) == (module is ppo)
+
+
+def test_each_epoch_of_ppo_has_each_transition_once_in_a_new_order(monkeypatch, tmp_path):
+    batches = watch(ppo, monkeypatch)
+    train(ppo, tmp_path, update_epochs=2, num_minibatches=3)
+    _, rollouts = played()
+    epochs = [[keys(batch.x) for batch in batches[k : k + 3]] for k in range(0, len(batches), 3)]
+    for k, epoch in enumerate(epochs):
+        assert sorted(sum(epoch, [])) == sorted(rollouts[k // 2])
+        assert max(map(len, epoch)) - min(map(len, epoch)) <= 1
+    assert epochs[0] != epochs[1]
 
 
 @each(*LEARN)
@@ -449,13 +412,6 @@ def test_ratios_are_1_in_the_first_epoch_of_ppo_and_the_target_kl_ends_an_update
 
 
 # ---- TRPO
-
-
-def test_conjugate_gradient_solves():
-    torch.manual_seed(0)
-    A = torch.randn(6, 6)
-    H, b = A @ A.T + torch.eye(6), torch.randn(6)
-    torch.testing.assert_close(trpo.conjugate_gradient(lambda v: H @ v, b, 20), torch.linalg.solve(H, b))
 
 
 @pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.Box(-1, 1, (2,))])

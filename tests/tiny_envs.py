@@ -14,14 +14,15 @@ from gymnasium import spaces
 # ---- what can be learned is known
 
 
-class Bandit(gym.Env):
-    """One step: a picture in the k-th of two colours pays 1 for the action 5 + k."""
-
-    observation_space = spaces.Box(0, 255, (36, 36, 2), np.uint8)
-    action_space = spaces.Discrete(2, start=5)
+class Choice(gym.Env):
+    """The base of those below: one of two things is asked for, by the observation k, 0 or 1."""
 
     def observation(self):
-        return np.full((36, 36, 2), 255 * np.eye(2)[self.k], np.uint8)
+        return self.k
+
+    def play(self, action):
+        """The reward, and whether the episode ends."""
+        raise NotImplementedError
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -30,10 +31,25 @@ class Bandit(gym.Env):
 
     def step(self, action):
         assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
-        return self.observation(), float(action == 5 + self.k), True, False, {}
+        reward, terminated = self.play(action)
+        self.k = int(self.np_random.integers(2))
+        return self.observation(), float(reward), bool(terminated), False, {}
 
 
-class Alive(gym.Env):
+class Bandit(Choice):
+    """One step: the k-th of two actions pays 1. The observation is a picture in one of two colours."""
+
+    observation_space = spaces.Box(0, 255, (36, 36, 2), np.uint8)
+    action_space = spaces.Discrete(2, start=5)
+
+    def observation(self):
+        return np.full((36, 36, 2), 255 * np.eye(2)[self.k], np.uint8)
+
+    def play(self, action):
+        return action == 5 + self.k, True
+
+
+class Alive(Choice):
     """Each step pays 1, and an action other than the one observed ends the episode. A time limit cuts it after ten.
 
     The best policy lives for ever, but for the clock: every state is worth 1 / (1 - gamma).
@@ -42,37 +58,24 @@ class Alive(gym.Env):
     observation_space = spaces.Discrete(2)
     action_space = spaces.Discrete(2)
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.safe = int(self.np_random.integers(2))
-        return self.safe, {}
-
-    def step(self, action):
-        terminated = bool(action != self.safe)
-        self.safe = int(self.np_random.integers(2))
-        return self.safe, 1.0, terminated, False, {}
+    def play(self, action):
+        return 1, action != self.k
 
 
-class Target(gym.Env):
-    """One step: minus the squared distance to the target, or to its mirror image where the observation is -1, not 1.
+class Target(Choice):
+    """One step: minus the squared distance to the target, or to its mirror image.
 
     The target is in units in which the bounds of an axis are -1 and 1; the last axis has none.
     """
 
-    observation_space = spaces.Box(-1, 1, (1,))
+    observation_space = spaces.Discrete(2)
     action_space = spaces.Box(np.float32([2, -300, -np.inf]), np.float32([6, -100, np.inf]))
     centre, half_range = np.array([4, -200, 0]), np.array([2, 100, 1])
     target = np.array([0.5, -0.8, 0.7])
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.side = int(self.np_random.choice([-1, 1]))
-        return np.float32([self.side]), {}
-
-    def step(self, action):
-        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
-        distance = (action - self.centre) / self.half_range - self.side * self.target
-        return np.float32([self.side]), -float(np.square(distance).sum()), True, False, {}
+    def play(self, action):
+        distance = (action - self.centre) / self.half_range - (2 * self.k - 1) * self.target
+        return -np.square(distance).sum(), True
 
 
 # ---- every step is known
