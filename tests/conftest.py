@@ -90,8 +90,14 @@ def wait_for_the_next_second() -> None:
 # ---- what a run leaves
 
 
+def only(folder: Path) -> Path:
+    """The one thing in that folder."""
+    (path,) = folder.iterdir()
+    return path
+
+
 def read_checkpoint(folder: Path) -> dict:
-    """That of the run with this folder."""
+    """That of a run's folder."""
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
@@ -113,8 +119,7 @@ class Result:
     @property
     def folder(self) -> Path:
         """The one run folder, in the default place."""
-        (folder,) = (self.cwd / "runs").glob("*__*")
-        return folder
+        return only(self.cwd / "runs")
 
     def check(self) -> "Result":
         """Assert that the script ended well, and said so in the agreed form."""

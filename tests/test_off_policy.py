@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, read_checkpoint, read_events, train, wait_for_the_next_second
+from conftest import ROOT, only, read_checkpoint, read_events, train, wait_for_the_next_second
 from gymnasium import spaces
 
 from algos import ddpg, dqn
@@ -33,7 +33,7 @@ def run(module, log_dir, env="Trace", longest=6, **args):
 def resume(module, log_dir, **args):
     """Go on with the only run in that folder."""
     wait_for_the_next_second()
-    return run(module, log_dir, resume=str(next(log_dir.glob("*/checkpoint.pt"))), **args)
+    return run(module, log_dir, resume=str(only(log_dir) / "checkpoint.pt"), **args)
 
 
 def watch(module, patch):
@@ -62,7 +62,7 @@ def in_units(actions):
 
 def assert_saved(log_dir, **networks):
     """The networks of the only run in that folder have (nearly) these weights."""
-    saved = read_checkpoint(next(log_dir.iterdir()))
+    saved = read_checkpoint(only(log_dir))
     for name, network in networks.items():
         for key, value in network.state_dict().items():
             torch.testing.assert_close(saved[name][key], value, rtol=1e-3, atol=1e-3)
@@ -149,7 +149,7 @@ def test_transitions(module, env, num_envs, monkeypatch, tmp_path):
             np.testing.assert_allclose(reward, step.reward, rtol=1e-4, atol=1e-4)
             assert terminated == step.terminated  # a truncation is none
     assert len(drawn) > 0.9 * len(played)
-    logged = read_events(next(tmp_path.iterdir()))["charts/episodic_return"]
+    logged = read_events(only(tmp_path))["charts/episodic_return"]
     np.testing.assert_allclose(sorted(x for _, x in logged), sorted(ended), rtol=1e-4, atol=1e-4)
 
 
@@ -161,7 +161,7 @@ def test_resumed_runs_refill_the_buffer_before_they_learn(module, monkeypatch, t
     resume(module, tmp_path, total_timesteps=200, **args)
     assert [step for step, _ in batches] == list(range(40, 101, 4 if module is dqn else 1))
     if module is dqn:
-        epsilons = dict(read_events(next(tmp_path.iterdir()))["charts/epsilon"])
+        epsilons = dict(read_events(only(tmp_path))["charts/epsilon"])
         assert epsilons[104] == pytest.approx(1 - 103 / 200)
 
 
@@ -190,7 +190,7 @@ def test_share_of_random_actions(num_envs, monkeypatch, tmp_path):
     for third, epsilon in zip(np.array_split(actions, 3), [0.75, 0.45, 0.3], strict=True):  # the means
         shares = np.bincount(third, minlength=3) / len(third)
         assert shares == pytest.approx([1 - 2 / 3 * epsilon, epsilon / 3, epsilon / 3], abs=0.04)
-    for step, epsilon in read_events(next(tmp_path.iterdir()))["charts/epsilon"]:
+    for step, epsilon in read_events(only(tmp_path))["charts/epsilon"]:
         assert epsilon == pytest.approx(max(0.9 - 0.6 * (step - num_envs) / 4000, 0.3))
 
 
@@ -255,7 +255,7 @@ def test_run_of_dqn(num_envs, args, monkeypatch, tmp_path):
             for old, new in zip(target.parameters(), q.parameters(), strict=True):
                 old.data = args["tau"] * new.data + (1 - args["tau"]) * old.data
     assert_saved(tmp_path, agent=q, target=target)
-    assert dict(read_events(next(tmp_path.iterdir()))["losses/q_loss"]) == pytest.approx(losses, rel=1e-2)
+    assert dict(read_events(only(tmp_path))["losses/q_loss"]) == pytest.approx(losses, rel=1e-2)
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
@@ -287,6 +287,6 @@ def test_run_of_ddpg(num_envs, monkeypatch, tmp_path):
         for old, new in zip(target.parameters(), mine.parameters(), strict=True):
             old.data = 0.1 * new.data + 0.9 * old.data
     assert_saved(tmp_path, agent=mine, target=target)
-    events = read_events(next(tmp_path.iterdir()))
+    events = read_events(only(tmp_path))
     logged = [(x, y) for (_, x), (_, y) in zip(events["losses/critic_loss"], events["losses/actor_loss"], strict=True)]
     np.testing.assert_allclose(logged, losses[num_envs - 1 :: num_envs], rtol=1e-2, atol=1e-3)

@@ -13,7 +13,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import read_events
+from conftest import only, read_events
 from gymnasium import spaces
 from torch import nn
 from torch.nn.utils import parameters_to_vector
@@ -64,8 +64,7 @@ def train(module, log_dir, env="Trace", **args):
 
 def logged(log_dir):
     """The points (step, value) of each tag of the only run in that folder."""
-    (folder,) = log_dir.iterdir()
-    return read_events(folder)
+    return read_events(only(log_dir))
 
 
 def played(num_steps=16):

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL_LINE, PPO, ROOT, STEPS, load, read_checkpoint, read_events, small, takes, train
+from conftest import EVAL_LINE, PPO, ROOT, STEPS, load, only, read_checkpoint, read_events, small, takes, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.tiny_envs import ACTIONS, OBSERVATIONS, Odd
@@ -129,7 +129,7 @@ def test_interrupt_in_a_notebook(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(Odd, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(load(PPO), "Odd", tmp_path)
-    (folder,) = tmp_path.iterdir()
+    folder = only(tmp_path)
     assert 60 <= read_checkpoint(folder)["global_step"] < STEPS
     assert f"python '{PPO}' --resume '{folder}/checkpoint.pt'" in capsys.readouterr().out
 
@@ -152,14 +152,16 @@ def test_evaluate(algo, cli):
 
 
 def test_evaluated_episodes(cli):
-    """They are whole, and not seen in training."""
-    trained = cli(PPO, small(PPO, "--seed 2")).check()
-    Odd.seen_seeds.clear()
+    """They are whole, not seen in training, and those of the deterministic policy with the statistics it learned."""
+    flags = "--norm-obs --norm-reward --seed 2 --eval-episodes 3 --env-kwargs act Float64"
+    trained = cli(PPO, small(PPO, flags)).check()
+    actions = Odd.seen_actions[-3 * 5 :]
     Odd.seen_actions.clear()
-    evaluated = cli(PPO, f"--evaluate {trained.folder}/checkpoint.pt --eval-episodes 3").check()
+    Odd.seen_seeds.clear()
+    evaluated = cli(PPO, f"--evaluate {trained.folder}/checkpoint.pt").check()
     assert Odd.seen_seeds == [10_020_000, 10_020_001, 10_020_002]
-    assert len(Odd.seen_actions) == 3 * 5
-    assert f"checkpoint={trained.folder}/checkpoint.pt" in evaluated.out
+    np.testing.assert_array_equal(Odd.seen_actions, actions)
+    assert evaluated.out == trained.out.replace("=runs/", f"={trained.cwd}/runs/")
 
 
 def test_endless_episode(cli):
@@ -245,7 +247,7 @@ def test_interrupt(tmp_path, cli, launch, number, group, flags):
     if "--async-envs" not in flags:  # Gymnasium's own workers show what interrupted them
         assert "Traceback" not in result.err
         assert "warn" not in result.err.lower()
-    (folder,) = tmp_path.glob("my runs/*")
+    folder = only(tmp_path / "my runs")
     step = read_checkpoint(folder)["global_step"]
     assert 0 < step < 1_000_000
     command = shlex.split(re.search(r"python .*", result.out.splitlines()[-1])[0])

@@ -202,10 +202,10 @@ UNFIT_ACTIONS = {
 
 
 class Odd(gym.Env):
-    """Random observations and rewards; episodes are as long as told, and end in turn by truncation and by termination.
+    """Random observations; episodes are as long as told, and end in turn by truncation and by termination.
 
-    observe, act: names of spaces above. reward: what each step pays; "step" is the step's number. growth: how much
-    longer every second episode is. flaw: what an observation has now and then.
+    observe, act: names of spaces above. reward: what each step pays; "step" is the step's number, None a random number
+    that depends on the action. growth: how much longer every second episode is. flaw: what an observation has at times.
     """
 
     seen_actions: ClassVar[list] = []  # of all environments of this process; a test empties them before it looks
@@ -234,9 +234,9 @@ class Odd(gym.Env):
         self.steps += 1
         even = self.episodes % 2 == 0
         ended = self.steps == self.length + self.growth * even
-        reward = self.np_random.normal() if self.reward is None else self.reward
-        if self.reward == "step":
-            reward = self.steps
+        reward = self.steps if self.reward == "step" else self.reward
+        if reward is None:
+            reward = self.np_random.normal() + np.tanh(np.sum(action, dtype=float))
         obs = self.observation_space.sample()
         if self.flaw is not None and self.steps == 3 and self.episodes > 3:
             obs[1] = self.flaw
