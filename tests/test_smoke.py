@@ -177,7 +177,9 @@ def test_resume(algo, cli):
     """It goes on in the run's folder, from its step, with its arguments; a flag given beside it wins."""
     trained = cli(algo, small(algo, "--seed 5 --learning-rate 0.005 --gamma 0.9 --eval-episodes 2")).check()
     path, before = trained.folder / "checkpoint.pt", read_checkpoint(trained.folder)
+    Odd.seen_seeds.clear()
     resumed = cli(algo, f"--resume {path} --total-timesteps {2 * STEPS} --gamma 0.5", trained.cwd).check()
+    assert Odd.seen_seeds[:2] == [5 + STEPS, 6 + STEPS]  # it does not play the same episodes again
     assert re.fullmatch(EVAL_LINE, resumed.out.splitlines()[-1])[1] == str(path)
     after = read_checkpoint(resumed.folder)  # .folder: there is still only one
     assert (before["global_step"], after["global_step"]) == (STEPS, 2 * STEPS)
