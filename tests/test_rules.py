@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ALGOS, PPO, ROOT, load, run_inside, small, takes
 
-from tests.odd_envs import UNFIT_ACTIONS, UNFIT_OBSERVATIONS
-from tests.shared import BLOCKS, find_block
+from tests.shared import BLOCKS, find_block, with_blocks
+from tests.tiny_envs import UNFIT_ACTIONS, UNFIT_OBSERVATIONS
 
 PACKAGES = {"torch", "numpy", "gymnasium", "tyro", "tqdm"}
 MAX_LINES = {"ppo": 480, "a2c": 450, "reinforce": 450, "a3c": 450, "trpo": 520, "dqn": 460, "ddpg": 410}
@@ -29,35 +29,28 @@ HAVE = {  # the files that have a block which is not in all of them
 
 
 def test_shared_blocks(algo):
-    """Each file has its blocks, and `python tests/shared.py` finds them equal."""
+    """Each file has its blocks, and they are equal. If not, see shared.py."""
+    source = algo.read_text()
     for name in BLOCKS:
-        assert bool(find_block(name, algo.read_text())) == (algo.stem in HAVE.get(name, {algo.stem})), name
-    if algo == ALGOS[0]:
-        done = subprocess.run([sys.executable, ROOT / "tests/shared.py"], capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+        assert bool(find_block(name, source)) == (algo.stem in HAVE.get(name, {algo.stem})), name
+    assert with_blocks(source, PPO.read_text()) == source
 
 
 def test_copy_of_shared_blocks(tmp_path):
     """A change in one file reaches the others, which keep their own default environment."""
-    command = [sys.executable, ROOT / "tests/shared.py", "copy", tmp_path / "ppo.py"]
     for path in ALGOS:
         shutil.copy(path, tmp_path)
-    subprocess.run(command, check=True)
-    before = {path: (tmp_path / path.name).read_text() for path in ALGOS}
-    source, texts = before[PPO], {}
+    text = PPO.read_text().replace('env_id: str = "CartPole-v1"', 'env_id: str = "Acrobot-v1"')
     for name in BLOCKS:
-        source = source.replace(block := find_block(name, source), block.replace("\n", f"\n# new {name}\n", 1))
-    source = source.replace('env_id: str = "CartPole-v1"', 'env_id: str = "Acrobot-v1"')
-    (tmp_path / "ppo.py").write_text(source)
-    for _ in range(2):  # the second time changes nothing
-        subprocess.run(command, check=True)
-        for path in ALGOS:
-            text = (tmp_path / path.name).read_text()
-            assert text == texts.setdefault(path, text)
-            for name in BLOCKS:
-                assert text.count(f"# new {name}\n") == (path.stem in HAVE.get(name, {path.stem}))
-            if path != PPO:
-                assert re.sub(r"# new \w+\n", "", text) == before[path]
+        text = text.replace(block := find_block(name, text), block.replace("\n", f"\n# new {name}\n", 1))
+    (tmp_path / "ppo.py").write_text(text)
+    subprocess.run([sys.executable, ROOT / "tests/shared.py", "copy", tmp_path / "ppo.py"], check=True)
+    assert (tmp_path / "ppo.py").read_text() == text
+    for path in set(ALGOS) - {PPO}:
+        copied = (tmp_path / path.name).read_text()
+        new = re.findall(r"# new (\w+)\n", copied)
+        assert sorted(new) == sorted(name for name in BLOCKS if path.stem in HAVE.get(name, {path.stem}))
+        assert re.sub(r"# new \w+\n", "", copied) == path.read_text()
 
 
 def test_stands_alone(algo):
@@ -129,13 +122,13 @@ BAD = [  # flags, a word of the message
     ("--env-id ALE/Nope-v5", "ALE/Nope-v5"),
     ("--env-id Nowhere/Nope-v5", "Nowhere"),
     ("--env-id no_such_module:Nope-v0", "no_such_module"),
-    ("--env-id tests.odd_envs:Nope-v0", "Nope"),
-    ("--env-id tests.odd_envs:Broken-v0", "no licence for the simulator"),
-    ("--env-id tests.odd_envs:SameStep-v0", "next step"),
+    ("--env-id tests.tiny_envs:Nope-v0", "Nope"),
+    ("--env-id tests.tiny_envs:Odd-v0 --env-kwargs broken True", "no licence for the simulator"),
+    ("--env-id tests.tiny_envs:SameStep-v0", "next step"),
     ("--env-id ''", "environment"),
     ("--env-id ./my_env:My-v0", "./my_env:My-v0"),
     ("--env-kwargs wings 2", "wings"),
-    *[(f"--env-id tests.odd_envs:Observe{name}-v0", f"Observe{name}") for name in UNFIT_OBSERVATIONS],
+    *[(f"--env-id tests.tiny_envs:Odd-v0 --env-kwargs observe {name}", "Odd-v0") for name in UNFIT_OBSERVATIONS],
     ("--nope 3", "--nope"),
     ("nope", "nope"),
     ("--seed", "--seed"),
@@ -154,7 +147,7 @@ BAD = [  # flags, a word of the message
     *[(f"--{flag} {{files}}/{name}", name) for flag in ("resume", "evaluate") for name in ("missing", "directory")],
     *[(f"--resume {{files}}/{name}", name) for name in ("garbage", "truncated", "list", "foreign", "weightless")],
     *[(f"--evaluate {{files}}/{name}", name) for name in ("empty", "truncated", "malicious", "weightless")],
-    ("--resume {files}/good --env-id tests.odd_envs:ObserveMatrix-v0", "good"),
+    ("--resume {files}/good --env-kwargs observe Matrix", "good"),
     ("--resume {files}/good --hidden-sizes 9", "good"),
     ("--resume {files}/good --gamma -2", "--gamma"),
 ]
@@ -192,22 +185,20 @@ def test_bad_input(cli, files, flags, word):
     assert not (files / "payload").exists()
 
 
-@pytest.mark.parametrize("name", [*UNFIT_ACTIONS, "Discrete", "Unbounded"])
+@pytest.mark.parametrize("name", [*UNFIT_ACTIONS, "Discrete", "Box"])
 def test_unfit_actions(algo, cli, name):
     """The message names what the file takes, what it got, and the file to use instead where there is one."""
-    if takes(algo, {"Unbounded": "Box"}.get(name, name)):
+    if takes(algo, name):
         pytest.skip("this file takes them")
     words = [f"{algo.name} takes"] + ["ppo.py"] * (name not in UNFIT_ACTIONS)
-    assert_refused(cli(algo, f"--env-id tests.odd_envs:Act{name}-v0"), *words)
+    assert_refused(cli(algo, f"--env-id tests.tiny_envs:Odd-v0 --env-kwargs act {name}"), *words)
 
 
 @pytest.mark.parametrize(
-    ("missing", "flags"),
-    [
-        ("Box2D", "--env-id LunarLander-v3"),
-        ("mujoco", "--env-id HalfCheetah-v5"),
-        ("ale_py", "--env-id ALE/Pong-v5"),
-    ],
+    ("package", "env_id"), [("Box2D", "LunarLander-v3"), ("mujoco", "HalfCheetah-v5"), ("ale_py", "ALE/Pong-v5")]
 )
-def test_missing_package(tmp_path, launch, missing, flags):
-    assert_refused(launch(PPO, small(PPO, flags), tmp_path, without=(missing,)).stop(), missing)
+def test_missing_package(cli, monkeypatch, package, env_id):
+    for name in [name for name in sys.modules if re.match(r"gymnasium\.envs\.(box2d|mujoco)", name)]:
+        monkeypatch.delitem(sys.modules, name)  # they would remember the package
+    monkeypatch.setitem(sys.modules, package, None)  # Python's own way to make an import fail
+    assert_refused(cli(PPO, f"--env-id {env_id}"), package)

@@ -1,70 +1,55 @@
-"""Environments so small that their best policy, its value, or every transition of theirs is known.
+"""Environments so small that their best policy, its value, or every step of theirs is known; and one with odd spaces.
 
 Use one as `tests.tiny_envs:Bandit-v0`, from the root of the repository.
 """
 
+import copy
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+# ---- what can be learned is known
 
-class Bandit(gym.Env):
-    """One step: the observation k pays 1 for the action start + k. As a picture or a dict it says the same."""
 
-    def __init__(self, n: int = 4, start: int = 0, kind: str = "number"):
-        self.n, self.kind = n, kind
-        self.action_space = spaces.Discrete(n, start=start)
-        self.observation_space = {
-            "number": spaces.Discrete(n),
-            "dict": spaces.Dict({"noise": spaces.Box(-1, 1, (2, 2)), "which": spaces.Discrete(n)}),
-            "picture": spaces.Box(0, 255, (36, 36, n), np.uint8),
-        }[kind]
+class Choice(gym.Env):
+    """The base of those below: one of two things is asked for, by the observation k, 0 or 1."""
 
     def observation(self):
-        if self.kind == "dict":
-            return {"noise": self.np_random.uniform(-1, 1, (2, 2)).astype(np.float32), "which": self.which}
-        if self.kind == "picture":
-            return np.full((36, 36, self.n), 255 * np.eye(self.n)[self.which], np.uint8)
-        return self.which
+        return self.k
+
+    def play(self, action):
+        """The reward, and whether the episode ends."""
+        raise NotImplementedError
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.which = int(self.np_random.integers(self.n))
+        self.k = int(self.np_random.integers(2))
         return self.observation(), {}
 
     def step(self, action):
         assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
-        reward = float(action == self.action_space.start + self.which)
-        return self.observation(), reward, True, False, {}
+        reward, terminated = self.play(action)
+        self.k = int(self.np_random.integers(2))
+        return self.observation(), float(reward), bool(terminated), False, {}
 
 
-class Delay(gym.Env):
-    """Four steps. Action 1 in the first pays 1 after the last; action 0 pays 0.2 at once. Later actions do nothing.
+class Bandit(Choice):
+    """One step: the k-th of two actions pays 1. The observation is a picture in one of two colours."""
 
-    Observation: the step as one-hot (4), then the choice. After choice 1, step t is worth gamma^(3-t); after 0, 0.
-    """
-
-    observation_space = spaces.Box(0, 1, (5,))
-    action_space = spaces.Discrete(2)
+    observation_space = spaces.Box(0, 255, (36, 36, 2), np.uint8)
+    action_space = spaces.Discrete(2, start=5)
 
     def observation(self):
-        return np.append(np.arange(4) == self.t, self.choice).astype(np.float32)
+        return np.full((36, 36, 2), 255 * np.eye(2)[self.k], np.uint8)
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t, self.choice = 0, 0
-        return self.observation(), {}
-
-    def step(self, action):
-        reward = 0.2 * (self.t == 0 and action == 0) + 1.0 * (self.t == 3 and self.choice == 1)
-        self.choice = int(action) if self.t == 0 else self.choice
-        self.t += 1
-        return self.observation(), float(reward), self.t == 4, False, {}
+    def play(self, action):
+        return action == 5 + self.k, True
 
 
-class Alive(gym.Env):
+class Alive(Choice):
     """Each step pays 1, and an action other than the one observed ends the episode. A time limit cuts it after ten.
 
     The best policy lives for ever, but for the clock: every state is worth 1 / (1 - gamma).
@@ -73,38 +58,27 @@ class Alive(gym.Env):
     observation_space = spaces.Discrete(2)
     action_space = spaces.Discrete(2)
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.safe = int(self.np_random.integers(2))
-        return self.safe, {}
-
-    def step(self, action):
-        terminated = bool(action != self.safe)
-        self.safe = int(self.np_random.integers(2))
-        return self.safe, 1.0, terminated, False, {}
+    def play(self, action):
+        return 1, action != self.k
 
 
-class Target(gym.Env):
-    """One step: minus the squared distance to a target; on axes with two bounds in halves of their length.
+class Target(Choice):
+    """One step: minus the squared distance to the target, or to its mirror image.
 
-    Two bounded axes of very different place and length, and one without bounds. The observation, -1 or 1, says which
-    of two targets it is, neither at the centre: (3, -120, 1.5) or (5, -280, -1.5).
+    The target is in units in which the bounds of an axis are -1 and 1; the last axis has none.
     """
 
-    observation_space = spaces.Box(-1, 1, (1,))
+    observation_space = spaces.Discrete(2)
     action_space = spaces.Box(np.float32([2, -300, -np.inf]), np.float32([6, -100, np.inf]))
-    targets: ClassVar[dict] = {-1: np.array([3, -120, 1.5]), 1: np.array([5, -280, -1.5])}
-    unit = np.array([2, 100, 1])
+    centre, half_range = np.array([4, -200, 0]), np.array([2, 100, 1])
+    target = np.array([0.5, -0.8, 0.7])
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.side = int(self.np_random.choice([-1, 1]))
-        return np.float32([self.side]), {}
+    def play(self, action):
+        distance = (action - self.centre) / self.half_range - (2 * self.k - 1) * self.target
+        return -np.square(distance).sum(), True
 
-    def step(self, action):
-        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
-        distance = (action - self.targets[self.side]) / self.unit
-        return np.float32([self.side]), -float(np.square(distance).sum()), True, False, {}
+
+# ---- every step is known
 
 
 class Step(NamedTuple):
@@ -123,16 +97,22 @@ class Trace(gym.Env):
     """Every observation tells which one it is: (the environment's first seed, episode, step). `log` has every step.
 
     Episodes are 1 to `longest` steps long and end at random by termination, truncation or both at once. Rewards are
-    random and depend on the action; `jackpot` is paid once, at the end of episode `when[1]` of the environment with
-    seed `when[0]`.
+    random; `jackpot` is added once, at the end of episode 25 of the environment with seed 1.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (3,))
-    action_space = spaces.Discrete(3)
+    centre, half_range = Target.centre[:2], Target.half_range[:2]  # of the actions, if continuous
     log: ClassVar[list[Step]] = []
 
-    def __init__(self, jackpot: float = 0.0, when: tuple[int, int] = (1, 25), longest: int = 6):
-        self.jackpot, self.when, self.longest = jackpot, when, longest
+    def __init__(self, continuous=False, jackpot=0.0, longest=6):
+        self.jackpot, self.longest = jackpot, longest
+        box = spaces.Box(np.float32([2, -300]), np.float32([6, -100]))
+        self.action_space = box if continuous else spaces.Discrete(3)
+
+    @classmethod
+    def training(cls):
+        """The steps in the log, without those of the evaluation."""
+        return [step for step in cls.log if step.env < 10**6]
 
     def observation(self):
         return np.float32([self.env, self.episode, self.t])
@@ -145,23 +125,25 @@ class Trace(gym.Env):
         return self.observation(), {}
 
     def step(self, action):
-        return self.play(int(action), float(self.np_random.normal() + 2 * action))
-
-    def play(self, action, reward: float):
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
         end = self.np_random.integers(3) if self.t + 1 == self.length else None
         terminated, truncated = end in (0, 2), end in (1, 2)
-        if end is not None and (self.env, self.episode) == self.when:
+        reward = float(self.np_random.normal())
+        if end is not None and (self.env, self.episode) == (1, 25):
             reward += self.jackpot
-        self.log.append(Step(self.env, self.episode, self.t, action, reward, terminated, truncated))
+        self.log.append(Step(self.env, self.episode, self.t, action.copy(), reward, terminated, truncated))
         self.t += 1
         return self.observation(), reward, terminated, truncated, {}
 
 
 class PaidResets(gym.vector.SyncVectorEnv):
-    """A vector environment in which a step that only resets pays a fortune. Nobody may count it.
+    """Many Traces, in which a step that only resets pays a fortune. Nobody may count it.
 
     Gymnasium's own phys2d/CartPole-v1 is like that: it pays the usual reward on such a step, too.
     """
+
+    def __init__(self, num_envs, **kwargs):
+        super().__init__([partial(Trace, **kwargs)] * num_envs)
 
     def step(self, actions):
         resets = self._autoreset_envs.copy()
@@ -169,27 +151,113 @@ class PaidResets(gym.vector.SyncVectorEnv):
         return obs, rewards + 1000.0 * resets, *rest
 
 
-def paid_resets_of(env: type[gym.Env]):
-    return lambda num_envs, **kwargs: PaidResets([env] * num_envs)
+# ---- spaces of every kind
+
+VECTOR = spaces.Box(-1, 1, (3,))
+MAX = np.finfo(np.float32).max
+
+OBSERVATIONS = {
+    "Vector": VECTOR,
+    "Matrix": spaces.Box(-1, 1, (3, 4)),
+    "Scalar": spaces.Box(-1, 1, ()),
+    "Float64": spaces.Box(-np.inf, np.inf, (3,), np.float64),
+    "Int": spaces.Box(-5, 5, (3,), np.int64),
+    "Discrete": spaces.Discrete(5, start=2),
+    "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
+    "MultiBinary": spaces.MultiBinary(4),
+    "Dict": spaces.Dict({"b": spaces.Discrete(3), "a": spaces.Dict({"c": VECTOR})}),
+    "Tuple": spaces.Tuple((VECTOR, spaces.Discrete(3), spaces.Box(0, 255, (2, 2), np.uint8))),
+    "ChannelsFirst": spaces.Box(0, 255, (3, 36, 40), np.uint8),
+    "ChannelsLast": spaces.Box(0, 255, (40, 36, 1), np.uint8),
+    "ChannelsMiddle": spaces.Box(0, 255, (40, 3, 40), np.uint8),
+    "SmallImage": spaces.Box(0, 255, (8, 8, 3), np.uint8),
+    "GreyImage": spaces.Box(0, 255, (40, 40), np.uint8),
+}
+UNFIT_OBSERVATIONS = {
+    "Sequence": spaces.Sequence(VECTOR),
+    "Graph": spaces.Graph(VECTOR, None),
+    "DictOfSequence": spaces.Dict({"a": VECTOR, "b": spaces.Sequence(VECTOR)}),
+    "Opaque": gym.Space((), np.float32),  # a space of one's own, which Gymnasium cannot flatten
+}
+ACTIONS = {
+    "Discrete": spaces.Discrete(3),
+    "Start": spaces.Discrete(3, start=5),
+    "NegativeStart": spaces.Discrete(3, start=-1, dtype=np.int32),
+    "Box": spaces.Box(-1, 1, (2,)),
+    "Scalar": spaces.Box(-2, 2, ()),
+    "Matrix": spaces.Box(-1, 1, (2, 3)),
+    "Float64": spaces.Box(-1, 1, (2,), np.float64),
+    "Float16": spaces.Box(-1, 1, (2,), np.float16),
+    "Asymmetric": spaces.Box(np.array([2, -300], np.float32), np.array([6, -100], np.float32)),
+    "Unbounded": spaces.Box(np.array([-np.inf, -1], np.float32), np.array([np.inf, 1], np.float32)),
+    "HalfBounded": spaces.Box(np.array([0, -np.inf], np.float32), np.array([np.inf, 0], np.float32)),
+    "Widest": spaces.Box(-MAX, MAX, (2,)),
+}
+UNFIT_ACTIONS = {
+    "MultiDiscrete": spaces.MultiDiscrete([2, 2]),
+    "MultiBinary": spaces.MultiBinary(2),
+    "IntBox": spaces.Box(0, 3, (2,), np.int64),
+    "Dict": spaces.Dict({"a": VECTOR}),
+}
 
 
-def register(envs: dict[str, dict]) -> None:
-    for env_id, spec in envs.items():
-        if env_id not in gym.registry:  # a second import must not register it twice
-            gym.register(env_id, disable_env_checker=True, **spec)
+class Odd(gym.Env):
+    """Random observations; episodes are as long as told, and end in turn by truncation and by termination.
+
+    observe, act: names of spaces above. reward: what each step pays; "step" is the step's number, None a random number
+    that depends on the action. growth: how much longer every second episode is. flaw: what an observation has at times.
+    """
+
+    seen_actions: ClassVar[list] = []  # of all environments of this process; a test empties them before it looks
+    seen_seeds: ClassVar[list[int]] = []
+
+    def __init__(self, observe="Vector", act="Discrete", reward=None, length=5, growth=0, flaw=None, broken=False):
+        if broken:
+            raise RuntimeError("no licence for the simulator")
+        self.observation_space = copy.deepcopy((OBSERVATIONS | UNFIT_OBSERVATIONS)[observe])
+        self.action_space = copy.deepcopy((ACTIONS | UNFIT_ACTIONS)[act])
+        self.reward, self.length, self.growth, self.flaw, self.episodes = reward, length, growth, flaw, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+            self.seen_seeds.append(seed)
+        self.steps, self.episodes = 0, self.episodes + 1
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        if self.action_space.shape == ():  # a vector environment hands out numpy's scalars
+            action = np.asarray(action)
+        assert self.action_space.contains(action), f"{self.action_space} does not contain {action!r}"
+        self.seen_actions.append(action)
+        self.steps += 1
+        even = self.episodes % 2 == 0
+        ended = self.steps == self.length + self.growth * even
+        reward = self.steps if self.reward == "step" else self.reward
+        if reward is None:
+            reward = self.np_random.normal() + np.tanh(np.sum(action, dtype=float))
+        obs = self.observation_space.sample()
+        if self.flaw is not None and self.steps == 3 and self.episodes > 3:
+            obs[1] = self.flaw
+        return obs, reward, ended and even, ended and not even, {}
+
+
+def make_same_step(num_envs, **kwargs):
+    return gym.vector.SyncVectorEnv([Odd] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 ENVS = {
     "Bandit-v0": dict(entry_point=Bandit),
-    "DictBandit-v0": dict(entry_point=Bandit, kwargs={"kind": "dict"}),
-    "PictureBandit-v0": dict(entry_point=Bandit, kwargs={"n": 2, "kind": "picture"}),
-    "StartBandit-v0": dict(entry_point=Bandit, kwargs={"n": 3, "start": 5}),
-    "Delay-v0": dict(entry_point=Delay),
     "Alive-v0": dict(entry_point=Alive, max_episode_steps=10),
     "Target-v0": dict(entry_point=Target),
     "Trace-v0": dict(entry_point=Trace),
-    "Jackpot-v0": dict(entry_point=Trace, kwargs={"jackpot": 1000.0}),
-    "PaidResets-v0": dict(entry_point=Trace, vector_entry_point=paid_resets_of(Trace)),
+    "PaidResets-v0": dict(entry_point=Trace, vector_entry_point=PaidResets),
+    "Odd-v0": dict(entry_point=Odd),
+    "OddContinuous-v0": dict(entry_point=Odd, kwargs={"act": "Box"}),
+    "SameStep-v0": dict(entry_point=Odd, vector_entry_point=make_same_step),
 }
 
-register(ENVS)
+for env_id, spec in ENVS.items():
+    if env_id not in gym.registry:  # a second import must not register it twice
+        gym.register(env_id, disable_env_checker=True, **spec)
