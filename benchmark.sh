@@ -119,6 +119,7 @@ finished() { is_of "$1" "$2" && [[ $(tail -n 1 "$RUNS/$1/log.txt") == eval:* ]];
 
 train() { # name, command
   local folder=$RUNS/$1 checkpoint commit
+  trap : TERM # which `stop` sends: wait for the run, which gets it too and writes a checkpoint
   checkpoint=$(ls "$folder"/*/checkpoint.pt 2>/dev/null || true)
   commit=$(git log -1 --format=%h -- algos benchmark.sh 2>/dev/null || echo unknown)
   git diff --quiet HEAD -- algos benchmark.sh 2>/dev/null || commit+=+ # changes that are not committed
@@ -137,7 +138,7 @@ train() { # name, command
 stop() {
   trap '' INT TERM
   echo "stopping: every run writes a checkpoint; start $0 again to go on"
-  for group in $(jobs -rp); do kill -INT -- "-$group"; done
+  for group in $(jobs -rp); do kill -TERM -- "-$group"; done
   wait
   exit 130
 }
@@ -182,7 +183,7 @@ done | awk -F, -v jobs="$JOBS" -v scale="$SCALE" '
   }' "$known" -
 echo "tables and pictures go to $RESULTS/"
 
-set -m # each run is a process group, so that a Ctrl-C reaches it once, from `stop`
+set -m # each run is a process group: a Ctrl-C reaches it once, from `stop`, and as TERM, for INT may be ignored
 trap stop INT TERM
 for i in "${!names[@]}"; do
   finished "${names[i]}" "${commands[i]}" && continue

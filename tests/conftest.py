@@ -28,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.tiny_envs import Trace
 
 ROOT = Path(__file__).resolve().parent.parent
+signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job ignore it
 ALGOS = sorted((ROOT / "algos").glob("*.py"))
 PPO = ROOT / "algos/ppo.py"  # for what is the same text in every file, see shared.py
 EVAL_LINE = r"eval: mean_return=-?\d+\.\d\d std=\d+\.\d\d episodes=\d+ checkpoint=(\S+)"
