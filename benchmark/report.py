@@ -40,7 +40,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -63,7 +63,7 @@ COLOURS = {  # tell apart for the colour-blind, too: M. Okabe, K. Ito: Color Uni
     "reinforce-total-return": "#0072B2",
 }
 
-PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"))
+PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv")).rename(columns={"return": "mean"})
 
 
 def training_seconds(wall_times: np.ndarray) -> np.ndarray:
@@ -143,7 +143,7 @@ def summarise(folders: list[Path], env_id: str, name: str) -> tuple[pd.DataFrame
     }
     by_window = pd.concat(curves).groupby(level=0)
     curve = by_window.mean()
-    curve.insert(3, "std", by_window["mean"].std(ddof=0))
+    curve.insert(3, "std", by_window["mean"].std())
     curve.insert(0, "environment", env_id)
     curve.insert(1, "algorithm", name)
     return pd.DataFrame([row]), curve
@@ -156,7 +156,7 @@ def update(path: Path, new: pd.DataFrame) -> pd.DataFrame:
         old = pd.read_csv(path, dtype={"commit": str})  # not 12e4567, a number
         kept = old[~old.set_index(key).index.isin(new.set_index(key).index)]
         new = pd.concat([kept, new])[new.columns]  # a file of before may have others
-    order = {name: i for i, name in reversed(list(enumerate([*PUBLISHED.environment, *COLOURS])))}
+    order = {name: i for i, name in enumerate(dict.fromkeys([*PUBLISHED.environment, *COLOURS]))}
     new = new.sort_values(key, key=lambda column: column.map(order), kind="stable")  # what is not in it comes last
     new.to_csv(path, index=False, float_format="%.5g")
     return new
@@ -165,7 +165,7 @@ def update(path: Path, new: pd.DataFrame) -> pd.DataFrame:
 def published(row) -> pd.DataFrame:
     """The published figures of a row of results.csv, the best first, of equal ones that with the fewest steps."""
     here = PUBLISHED[(PUBLISHED.environment == row.environment) & (PUBLISHED.algorithm == row.algorithm)]
-    return here.sort_values(["return", "steps"], ascending=[False, True])
+    return here.sort_values(["mean", "steps"], ascending=[False, True])
 
 
 def at_or_above(row, figures: pd.DataFrame) -> bool:
@@ -173,12 +173,17 @@ def at_or_above(row, figures: pd.DataFrame) -> bool:
     if figures.empty:
         return False
     ours = np.where(figures.metric == "training return", row.training, row.mean)
-    return bool((ours >= figures["return"]).all() and row.steps <= figures.steps.iloc[0])
+    return bool((ours >= figures["mean"]).all() and row.steps <= figures.steps.iloc[0])
+
+
+def plain_score(row, digits: int) -> str:
+    """Mean ± standard deviation, if there are several seeds."""
+    return f"{row.mean:.{digits}f}" + (f" ± {row.std:.{digits}f}" if row.seeds > 1 else "")
 
 
 def score(row, digits: int) -> str:
-    """Mean ± standard deviation, if there are several seeds; bold where it is at or above what is published."""
-    text = f"{row.mean:.{digits}f}" + (f" ± {row.std:.{digits}f}" if row.seeds > 1 else "")
+    """The same in Markdown, bold where it is at or above what is published."""
+    text = plain_score(row, digits)
     return f"**{text}**" if at_or_above(row, published(row)) else text
 
 
@@ -207,7 +212,7 @@ def overview(table: pd.DataFrame) -> str:
         cells = {}
         for row in here.itertuples():
             ours = f"{score(row, 0)} ({short(row.steps)} x {row.seeds})"
-            figures = published(row).rename(columns={"return": "mean"})
+            figures = published(row)
             best = figure_text(next(figures.itertuples()), 0) if len(figures) else "none"
             cells[row.algorithm] = f"{ours}<br>{best}"
         rows.append([env_id, *(cells.get(name, "") for name in ALGORITHMS)])
@@ -230,7 +235,7 @@ def details(table: pd.DataFrame) -> str:
         training = "" if np.isnan(row.training) else f"{row.training:.1f}"
         cells = [row.environment, row.algorithm, row.seeds, row.episodes, score(row, 1), training]
         cells += [f"{row.iqm:.1f}{interval}", f"{row.steps:,}", f"{row.seconds:,.0f}", f"{row.steps_per_second:,}"]
-        figures = published(row).rename(columns={"return": "mean"})
+        figures = published(row)
         cells += [row.commit, "; ".join(figure_text(figure, 1) for figure in figures.itertuples())]
         rows.append(cells)
     return (
@@ -262,7 +267,7 @@ def plot_environment(env_id: str, table: pd.DataFrame, curves: pd.DataFrame, pat
     for row in table.itertuples():
         curve = curves[curves.algorithm == row.algorithm]
         for axes, x in ((by_steps, "steps"), (by_seconds, "seconds")):
-            draw(axes, curve, x, f"{row.algorithm}  {row.mean:.0f} ± {row.std:.0f}")
+            draw(axes, curve, x, f"{row.algorithm}  {plain_score(row, 0)}")
             end = curve[x].iloc[-1]
             axes.errorbar(
                 end, row.mean, row.std, fmt="o", markersize=5, capsize=3, color=COLOURS.get(row.algorithm, "black")
@@ -270,8 +275,11 @@ def plot_environment(env_id: str, table: pd.DataFrame, curves: pd.DataFrame, pat
     style(by_steps, "environment steps", "episodic return")
     by_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
     style(by_seconds, "seconds of training (one core)", xscale="log")
+    by_seconds.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    by_seconds.xaxis.set_major_formatter("{x:g}")
+    by_seconds.xaxis.set_minor_formatter(NullFormatter())
     seeds = "–".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))  # 3 or 2–3
-    figure.suptitle(f"{env_id}: mean and standard deviation of {seeds} seeds; dots: final evaluation")
+    figure.suptitle(f"{env_id}: mean and standard deviation over seeds ({seeds}); dots: final evaluation")
     handles, labels = by_steps.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, title="evaluation")
     figure.savefig(path, dpi=150)
