@@ -218,10 +218,10 @@ def ppo_loss(agent, x, actions, old_log_probs, advantages, returns, args):
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
     value_loss = (values - returns).square().mean()
-    with torch.set_grad_enabled(args.ent_coef > 0):  # without the bonus it is only logged
-        entropy = policy.entropy().mean()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    return loss, policy_loss, value_loss, entropy, log_ratio.detach()
+    loss = policy_loss + args.vf_coef * value_loss
+    if args.ent_coef > 0:
+        loss = loss - args.ent_coef * policy.entropy().mean()
+    return loss, policy_loss, value_loss, log_ratio.detach()
 
 
 def train(args):
@@ -264,7 +264,9 @@ def train(args):
             b_x, b_actions = x[: T * N], torch.as_tensor(actions, device=device).flatten(0, 1)
             with torch.no_grad():
                 features = agent.encoder(x)
-                b_log_probs = agent.policy(features[: T * N]).log_prob(b_actions)
+                policy = agent.policy(features[: T * N])
+                b_log_probs = policy.log_prob(b_actions)
+                entropy = policy.entropy().numpy(force=True).reshape(T, N)
                 values = agent.critic(features).numpy(force=True).reshape(T + 1, N)
             scaled = rewards
             if args.norm_reward:
@@ -286,7 +288,7 @@ def train(args):
                 order = torch.as_tensor(rng.permutation(np.flatnonzero(valid)), device=device)
                 for i in order.tensor_split(args.num_minibatches):
                     batch = b_x[i], b_actions[i], b_log_probs[i], b_advantages[i], b_returns[i]
-                    loss, policy_loss, value_loss, entropy, log_ratio = ppo_loss(agent, *batch, args)
+                    loss, policy_loss, value_loss, log_ratio = ppo_loss(agent, *batch, args)
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -301,7 +303,7 @@ def train(args):
             scalars = {
                 "losses/policy_loss": policy_loss.item(),
                 "losses/value_loss": value_loss.item(),
-                "losses/entropy": entropy.item(),
+                "losses/entropy": entropy[valid].mean(),
                 "losses/approx_kl": approx_kl,
                 "losses/clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean().item(),
                 "losses/explained_variance": explained_variance,

@@ -310,15 +310,15 @@ def test_gradients_are_those_of_the_loss_and_clipped(module, max_grad_norm, monk
     for k, (step, batch) in enumerate(zip(optimizer_steps, batches, strict=True)):
         actions, A = torch.tensor([steps[key].action for key in keys(batch.x)]), batch.advantages
         policy, values = look(batch.agent, batch.x)
+        old_policy, _ = look(batches[k - k % epochs].agent, batch.x)
         objective = policy.log_prob(actions) * A
         if module is ppo:
-            old_policy, _ = look(batches[k - k % 2].agent, batch.x)
             ratio = (policy.log_prob(actions) - old_policy.log_prob(actions).detach()).exp()
             objective = torch.min(ratio * A, ratio.clamp(0.98, 1.02) * A)
             outside += (objective < ratio * A).sum()
         losses = {"policy_loss": -objective.mean(), "value_loss": (values - batch.returns).square().mean()}
-        losses["entropy"] = -(policy.probs * policy.probs.log()).sum(1).mean()
-        loss = losses["policy_loss"] + 0.3 * losses["value_loss"] - 0.7 * losses["entropy"]
+        entropy, losses["entropy"] = (-(x.probs * x.probs.log()).sum(1).mean() for x in (policy, old_policy))
+        loss = losses["policy_loss"] + 0.3 * losses["value_loss"] - 0.7 * entropy
         expected = gradient(loss, list(batch.agent.parameters()))
         assert expected.norm() > 1e-3
         expected *= min(1, max_grad_norm / expected.norm())
