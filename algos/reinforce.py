@@ -10,8 +10,8 @@ expected return needs no model of the environment, only samples:
     baseline       Φ_t = R_t - V(s_t)                   … and only for how that differs from what is usual in this state
 
 With γ = 1 all three give the same gradient on average; what falls from one to the next is its variance, and with it the
-number of episodes that it takes to learn. (With γ < 1 the last two lack a factor γ^t, as in nearly every
-implementation.) V is a network too, fitted to the returns R_t by regression.
+number of episodes that it takes to learn. (With γ < 1 the last two lack a factor γ^t, as is usual.) V is a network too,
+fitted to the returns R_t by regression.
 
 R. J. Williams: Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning, Machine
 Learning 8, 1992. R. S. Sutton, A. G. Barto: Reinforcement Learning, 2nd edition, 2018, chapter 13.
@@ -225,11 +225,11 @@ def train(args):
     with Run(args, agent=agent, optimizer=optimizer, critic_optimizer=critic_optimizer) as run:
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
+        envs.reset(seed=seed)
         while run.global_step + N <= args.total_timesteps:
-            # 1. Play a whole episode in each environment. Those that have ended go on, unrecorded, until the last has:
-            # to take the first N episodes that end, whichever environment they are from, would favour short ones.
+            # 1. A whole episode of each environment. (The first N that end, whichever they are, would be short ones.)
             learning_rate = args.learning_rate * (1 - args.anneal_lr * run.global_step / args.total_timesteps)
-            next_obs, _ = envs.reset(seed=args.seed + run.global_step)
+            next_obs, _ = envs.reset()
             obs, actions, rewards, valid = [], [], [], []  # a list of T arrays (N, ...) each
             active = np.ones(N, bool)
             act = agent.numpy_policy(rng)

@@ -77,6 +77,21 @@ def played(num_steps=16):
     return steps, rollouts
 
 
+def whole_episodes():
+    """The keys in Trace's log of each update of REINFORCE: after a reset, the first episode of each environment."""
+    updates, first, ended = [], {}, set()
+    for step in Trace.training():
+        if len(ended) == 4 and step.env == 1:  # in the log the environments take turns
+            first, ended = {}, set()
+        if not first:
+            updates.append([])
+        if step.episode == first.setdefault(step.env, step.episode):
+            updates[-1].append(step[:3])
+            if step.terminated or step.truncated:
+                ended.add(step.env)
+    return updates
+
+
 def keys(x):
     return [tuple(map(int, row)) for row in x]
 
@@ -345,7 +360,7 @@ def test_each_epoch_of_ppo_has_each_transition_once_in_a_new_order(monkeypatch, 
 def test_learning_rate(module, anneal_lr, monkeypatch, tmp_path):
     """It falls linearly to zero, or stays (TRPO's is the critic's and always stays)."""
     steps = watch_optimizers(monkeypatch)
-    train(module, tmp_path, learning_rate=0.01, anneal_lr=anneal_lr)
+    train(module, tmp_path, learning_rate=0.01, anneal_lr=anneal_lr, seed=4)
     points = logged(tmp_path)["charts/learning_rate"]
     before = [0, *(x for x, _ in points[:-1])]  # environment steps before each update
     assert module is reinforce or before == [0, 64, 128, 192, 256]
@@ -363,11 +378,8 @@ def test_observation_statistics(module, monkeypatch, tmp_path):
     """In an update they are those of the transitions learned from before it."""
     batches = watch(module, monkeypatch)
     agent = train(module, tmp_path, norm_obs=True, update_epochs=1, num_minibatches=1)
-    (steps, rollouts), rows = played(), []
-    updates = list(rollouts.values())
-    if module is reinforce:  # the first episodes of four environments with seeds of their own
-        starts = sorted({key[0] for key in steps})[::4]
-        updates = [[k for k in steps if start <= k[0] < start + 4 and k[1] == 0] for start in starts]
+    (_, rollouts), rows = played(), []
+    updates = whole_episodes() if module is reinforce else list(rollouts.values())
     assert len(batches) == len(updates)
     assert not batches[0].agent.obs_stats.mean.any()
     for update, after in zip(updates, [*[batch.agent for batch in batches[1:]], agent], strict=True):
@@ -482,11 +494,9 @@ def test_reinforce_weighs_whole_episodes_one_of_each_environment(weight, norm_re
     for key in steps:
         future = [other.reward for other in steps.values() if other[:2] == key[:2] and other.step >= key[2]]
         returns[key] = sum(0.9**k * reward for k, reward in enumerate(future))
-    for batch in batches[:-1]:  # the last is cut off by the end of the budget
+    for batch, update in list(zip(batches, whole_episodes(), strict=True))[:-1]:  # the budget may cut off the last
         mine = keys(batch.x)
-        envs = {env for env, _, _ in mine}
-        assert envs == set(range(min(envs), min(envs) + 4))
-        assert sorted(mine) == sorted(key for key in steps if key[0] in envs and key[1] == 0)
+        assert sorted(mine) == sorted(update)
         assert batch.num_episodes == 4
         assert batch.actions.tolist() == [steps[key].action for key in mine]
         policy, values = look(batch.agent, batch.x)
@@ -494,5 +504,5 @@ def test_reinforce_weighs_whole_episodes_one_of_each_environment(weight, norm_re
         all_returns += [returns[key] for key in mine]
         scale = np.std(all_returns) if norm_reward else 1
         for key, w, value in zip(mine, batch.weights, values.tolist(), strict=True):
-            expected = returns[key[0], 0, 0 if weight == "total-return" else key[2]] / scale
+            expected = returns[*key[:2], 0 if weight == "total-return" else key[2]] / scale
             assert w == pytest.approx(expected - (value if weight == "baseline" else 0), rel=1e-3, abs=1e-3)

@@ -1,0 +1,108 @@
+"""Pong as the policy gradient is taught with it: what moves on the court, and two actions (Karpathy 2016).
+
+    python envs/pong.py                                                # check it against Gymnasium's rules
+    python algos/reinforce.py --env-id envs.pong:PongRally-v0 --hidden-sizes 200     # learn from rallies ...
+    python algos/reinforce.py --env-id envs.pong:PongDifference-v0 --evaluate PATH   # ... and play whole games
+
+How a raw environment becomes one that can be learned from: this one stands around `ALE/Pong-v5` and changes what the
+agent sees (of 100,800 bytes 6,400 numbers), what it can do, and what an episode is. An episode of PongDifference-v0 is
+a game, to 21 points. One of PongRally-v0 is a rally, which ends with a point: nothing after a point depends on what was
+done before it, so an action is better judged by its own rally alone.
+
+A. Karpathy: Deep Reinforcement Learning: Pong from Pixels, 2016, https://karpathy.github.io/2016/05/31/rl.
+"""
+
+from typing import ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.error import DependencyNotInstalled
+
+try:
+    import ale_py
+except ImportError as error:
+    raise DependencyNotInstalled("Pong needs the Atari emulator: run `pip install ale-py`.") from error
+
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from every process
+
+COURT = slice(34, 194)  # rows of the screen between the walls; above is the score
+BACKGROUND, FIRST_BACKGROUND = 87, 107  # grey of the court, and that of a game's first frame
+UP, DOWN = 2, 3  # of the emulator's six actions, where they are called RIGHT and LEFT
+
+
+class PongEnv(gym.Env):
+    """The right paddle of Pong against the computer. A step is four frames; some actions are repeated ("sticky").
+
+    Observation, int8 of shape (80, 80): every other pixel of the court, 1 for paddles and ball and 0 for background,
+    minus the same a step before. So 1 is where something has come, -1 where it has left, and 0 everywhere at a start.
+    Action: Discrete(2), up or down; with `all_actions` the emulator's Discrete(6).
+    Reward: 1 for a point, -1 for one of the computer's.
+    End: terminated when a side has 21 points, or with `rallies` after each point; truncated after 27,000 steps.
+    """
+
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 15}
+
+    def __init__(
+        self,
+        rallies: bool = False,  # an episode is a rally, not a game
+        all_actions: bool = False,
+        repeat_action_probability: float = 0.25,  # of doing the last action again instead; 0 in results before 2018
+        render_mode: str | None = None,
+    ):
+        self.game = gym.make(
+            "ale_py:ALE/Pong-v5",
+            obs_type="grayscale",
+            repeat_action_probability=repeat_action_probability,
+            render_mode=render_mode,
+            disable_env_checker=True,
+        )
+        self.rallies = rallies
+        self.render_mode = render_mode
+        self.actions = range(6) if all_actions else (UP, DOWN)
+        self.action_space = spaces.Discrete(len(self.actions))
+        self.observation_space = spaces.Box(-1, 1, (80, 80), np.int8)
+        self.game_over = True
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Begin an episode: the next rally, or a new game if there is none, or if a seed is given."""
+        super().reset(seed=seed)
+        if self.game_over or seed is not None or not self.rallies:
+            screen, _ = self.game.reset(seed=seed)
+            self.court, self.game_over = crop(screen), False
+        return np.zeros((80, 80), np.int8), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Play four frames; returns (observation, reward, terminated, truncated, info)."""
+        last_court = self.court
+        screen, reward, terminated, truncated, _ = self.game.step(self.actions[action])
+        self.court = crop(screen)
+        self.game_over = terminated or truncated
+        terminated = terminated or (self.rallies and reward != 0)
+        return self.court - last_court, float(reward), terminated, truncated, {}
+
+    def render(self) -> np.ndarray | None:
+        """The screen as a player sees it, uint8 of shape (210, 160, 3)."""
+        return self.game.render()
+
+    def close(self) -> None:
+        self.game.close()
+
+
+def crop(screen: np.ndarray) -> np.ndarray:
+    """The court of a grey screen, uint8 (210, 160), as int8 (80, 80): 1 for paddles and ball, 0 for background."""
+    court = screen[COURT][::2, ::2]
+    return ((court != BACKGROUND) & (court != FIRST_BACKGROUND)).astype(np.int8)
+
+
+for env_id, rallies in {"PongDifference-v0": False, "PongRally-v0": True}.items():
+    if env_id not in gym.registry:  # a second import, or a reload, must not register it twice
+        gym.register(env_id, entry_point=f"{__name__}:PongEnv", kwargs={"rallies": rallies})
+
+
+if __name__ == "__main__":
+    from gymnasium.utils.env_checker import check_env
+
+    for env_id in ("PongDifference-v0", "PongRally-v0"):
+        check_env(gym.make(env_id, render_mode="rgb_array").unwrapped)
+        print(f"{env_id}: ok")
