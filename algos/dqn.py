@@ -56,7 +56,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps to train for, all environments together
     num_envs: int = 1  # N parallel environments
     hidden_sizes: tuple[int, ...] = (120, 84)  # hidden layers of Q; none: linear (images: always 512)
-    learning_rate: float = 1e-3  # step size of Adam
+    learning_rate: float = 2e-3  # step size of Adam
     gamma: float = 0.99  # discount γ
     buffer_size: int = 100_000  # about how many of the latest steps the replay buffer keeps
     batch_size: int = 128  # transitions of a gradient step
