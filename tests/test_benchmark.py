@@ -143,7 +143,7 @@ def test_a_real_run_that_is_cut_goes_on_and_is_reported(run, tmp_path):
 
 
 def test_gradient_variance(tmp_path):
-    flags = "--seeds 1 2 --episodes 20 --budgets 2000 6000 --out new/table.csv"
+    flags = "--seeds 1 2 --episodes 60 --budgets 2000 6000 --out new/table.csv"
     assert run_inside(ROOT / "benchmark/gradient_variance.py", flags, tmp_path).status == 0
     table = pd.read_csv(tmp_path / "new/table.csv").pivot(index=["seed", "steps"], columns="weight")
     assert table.index.tolist() == [(1, 2000), (1, 6000), (2, 2000), (2, 6000)]
