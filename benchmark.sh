@@ -50,14 +50,16 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment ppo  CartPole-v1 60000
   experiment trpo CartPole-v1 100000
   experiment dqn  CartPole-v1 100000
+  experiment dqn  CartPole-v1 50000 --exp-name dqn-50k --train-frequency 2
 
   experiment reinforce Acrobot-v1 500000
   experiment a2c  Acrobot-v1 500000 --num-steps 16 --norm-obs
   experiment ppo  Acrobot-v1 1000000 --norm-obs
-  experiment trpo Acrobot-v1 500000 --num-envs 16 --norm-obs
+  experiment trpo Acrobot-v1 100000 --num-envs 2 --num-steps 1024 --target-kl 0.02 --norm-obs
   experiment dqn  Acrobot-v1 100000
 
-  experiment a2c  Pendulum-v1 1000000 --num-steps 8 --gamma 0.95 --gae-lambda 0.9 --norm-obs --norm-reward
+  experiment a2c  Pendulum-v1 1000000 --num-steps 8 --learning-rate 1e-3 --gamma 0.95 --gae-lambda 0.9 --norm-obs \
+    --norm-reward
   experiment ppo  Pendulum-v1 100000 --num-envs 8 --num-steps 128 --num-minibatches 16 --learning-rate 1e-3 \
     --gamma 0.95 --gae-lambda 0.95 --norm-reward
   experiment trpo Pendulum-v1 100000 --num-envs 2 --num-steps 1024 --gamma 0.95 --critic-updates 15
