@@ -130,19 +130,17 @@ class Agent(nn.Module):
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
         self.obs_stats = RunningMeanStd(*obs_space.shape) if args.norm_obs else None
         self.return_stats = RunningMeanStd() if args.norm_reward else None
-        if self.is_discrete:
-            num_outputs = int(action_space.n)
-        elif isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
-            num_outputs = int(np.prod(action_space.shape))
-            self.log_std = nn.Parameter(torch.full((num_outputs,), args.log_std_init))
+        if isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
+            self.log_std = nn.Parameter(torch.full((gym.spaces.flatdim(action_space),), args.log_std_init))
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        else:
+        elif not self.is_discrete:
             fail(f"{Path(__file__).name} takes Discrete or float Box actions; no file takes {action_space}")
         shape = self.preprocess(obs_space.low).shape
         self.encoder = nature_cnn(*shape) if self.is_image else nn.Identity()
         num_features, hidden_sizes = (512, ()) if self.is_image else (shape[0], args.hidden_sizes)
+        num_outputs = gym.spaces.flatdim(action_space)  # an action each, or an axis
         self.actor = mlp(num_features, hidden_sizes, num_outputs, 0.01)  # at first nearly uniform, or of mean 0
         self.critic = nn.Sequential(*mlp(num_features, hidden_sizes, 1, 1.0), nn.Flatten(0))  # (B,), not (B, 1)
 

@@ -136,19 +136,17 @@ class Agent(nn.Module):
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
         self.obs_stats = RunningMeanStd(*obs_space.shape) if args.norm_obs else None
         self.return_stats = RunningMeanStd() if args.norm_reward else None
-        if self.is_discrete:
-            num_outputs = int(action_space.n)
-        elif isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
-            num_outputs = int(np.prod(action_space.shape))
-            self.log_std = nn.Parameter(torch.full((num_outputs,), args.log_std_init))
+        if isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
+            self.log_std = nn.Parameter(torch.full((gym.spaces.flatdim(action_space),), args.log_std_init))
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        else:
+        elif not self.is_discrete:
             fail(f"{Path(__file__).name} takes Discrete or float Box actions; no file takes {action_space}")
         shape = self.preprocess(obs_space.low).shape
         self.encoder = nature_cnn(*shape) if self.is_image else nn.Identity()
         num_features, hidden_sizes = (512, ()) if self.is_image else (shape[0], args.hidden_sizes)
+        num_outputs = gym.spaces.flatdim(action_space)  # an action each, or an axis
         self.actor = mlp(num_features, hidden_sizes, num_outputs, 0.01)  # at first nearly uniform, or of mean 0
         self.critic = nn.Sequential(*mlp(num_features, hidden_sizes, 1, 1.0), nn.Flatten(0))  # (B,), not (B, 1)
 
@@ -300,9 +298,8 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
-        next_obs, _ = envs.reset(seed=seed)
-        obs = np.zeros((T + 1, *next_obs.shape), next_obs.dtype)
-        actions = np.stack([agent.numpy_policy()(next_obs)] * T)
+        obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
+        actions = np.stack([agent.numpy_policy()(obs[0])] * T)
         rewards, discounted = np.zeros((2, T, N), np.float32)
         terminated, truncated, valid = np.zeros((3, T, N), bool)
         ended, discounted_return = np.zeros(N, bool), np.zeros(N)
@@ -310,15 +307,14 @@ def train(args):
         while run.global_step + T * N <= args.total_timesteps:
             # 1. Collect T steps of N environments. The step after the end of an episode only resets: it is not valid.
             act = agent.numpy_policy(rng)
+            obs[0] = obs[T]
             for t in range(T):
-                obs[t] = next_obs
                 valid[t] = ~ended
-                actions[t] = act(next_obs)
-                next_obs, rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
+                actions[t] = act(obs[t])
+                obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
                 rewards[t] *= valid[t]
                 ended = terminated[t] | truncated[t]
                 run.log_step(rewards[t], valid[t], ended)
-            obs[T] = next_obs
 
             # 2. V(s_t) in one batch; from it the advantages Â_t and returns R̂_t.
             x = torch.as_tensor(agent.preprocess(obs), device=device)
