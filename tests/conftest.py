@@ -39,6 +39,7 @@ SMALL = {
     "total_timesteps": STEPS,
     "num_envs": 2,
     "num_steps": 8,
+    "num_workers": 1,
     "eval_episodes": 1,
     "num_minibatches": 2,
     "update_epochs": 2,

@@ -1,0 +1,514 @@
+r"""Asynchronous Advantage Actor-Critic (A3C).
+
+A2C without the waiting: worker processes share one set of parameters θ, and each goes on at its own pace. It copies θ,
+plays a few steps of its environments with the copy θ', computes the gradient of A2C's loss there, and takes a step with
+it on θ, which others have changed in the meantime. Nothing is locked: two steps seldom meet, and then do little harm
+(Hogwild). The running squares g of RMSprop are shared, too.
+
+    θ' ← θ;   play t = 1 … T with π_θ'
+    Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},   δ_t = r_t + γ V(s_{t+1}) - V(s_t),   R̂_t = Â_t + V(s_t)
+    L = E_t[ log π_θ'(a_t|s_t) Â_t - c_v (V_θ'(s_t) - R̂_t)² + c_e H[π_θ'(·|s_t)] ],   Δθ = -∇_θ' L
+    g ← α g + (1-α) Δθ²,   θ ← θ - η Δθ / (√g + ε)
+
+How many steps of others went into θ since it was copied is logged as the staleness. With one worker there are none, and
+this is A2C to the bit; with more, how they interleave is chance, and no run is like another.
+
+V. Mnih et al.: Asynchronous Methods for Deep Reinforcement Learning, 2016, arXiv:1602.01783. Hogwild: F. Niu, B. Recht,
+C. Ré, S. Wright, 2011, arXiv:1106.5730. GAE(λ): J. Schulman et al., 2016, arXiv:1506.02438.
+
+    python algos/a3c.py --env-id CartPole-v1
+    python algos/a3c.py --env-id CartPole-v1 --num-workers 4 --num-envs 1
+"""
+
+import copy
+import os
+import signal
+import sys
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import multiprocessing, nn
+from torch.distributions import Categorical, Independent, Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    total_timesteps: int = 200_000  # environment steps to train for, all workers together
+    num_workers: int = os.cpu_count() or 1  # processes that play and learn
+    num_envs: int = 8  # N environments of each worker
+    num_steps: int = 5  # T steps of each environment per rollout
+    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of actor and critic; none: linear (images: always 512)
+    log_std_init: float = 0.0  # initial log σ of the Gaussian policy; 0: σ is half the range of each action
+    learning_rate: float = 3e-3  # η, step size of RMSprop
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the total timesteps
+    gamma: float = 0.98  # discount γ
+    gae_lambda: float = 1.0  # λ of GAE: 0 is the one-step TD error, 1 the Monte-Carlo return with bootstrap
+    ent_coef: float = 0.0  # c_e, weight of the entropy bonus
+    vf_coef: float = 0.5  # c_v, weight of the squared value error (without the ½ that some write before it)
+    max_grad_norm: float = 0.5  # clip gradients to this norm
+    norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
+    norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
+    env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of the environment: NAME VALUE …
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    seed: int = 1  # random seed
+    device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
+    async_envs: bool = False  # one process per environment, for slow ones
+    log_dir: str = "runs"  # where the run's folder is made
+    track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
+    eval_episodes: int = 10  # episodes of the deterministic policy after training
+    capture_video: bool = False  # record the evaluation episodes as mp4
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints
+    resume: str = ""  # go on from this checkpoint, in its folder, with its arguments; a flag given beside it wins
+    evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
+
+    def __post_init__(self):
+        for name, kind in Args.__annotations__.items():
+            low = 1 if kind is int and name not in ("seed", "learning_starts", "line_search_steps") else 0
+            if kind in (int, float) and name != "log_std_init" and not low <= getattr(self, name) < np.inf:
+                fail(f"--{name.replace('_', '-')} must be at least {low} and finite")
+
+
+# ==== shared: networks
+def layer_init(layer, gain=2**0.5):
+    """Orthogonal weights, zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(input_size, hidden_sizes, output_size, gain):
+    """Linear layers with tanh between them; the last one's weights have the given gain."""
+    layers = []
+    for size in hidden_sizes:
+        layers += [layer_init(nn.Linear(input_size, size)), nn.Tanh()]
+        input_size = size
+    return nn.Sequential(*layers, layer_init(nn.Linear(input_size, output_size), gain))
+
+
+def nature_cnn(channels, height, width):
+    """Features, (B, 512), of images scaled to [0, 1], (B, channels, height, width): Mnih et al. (2015)."""
+    layers = []
+    for in_channels, out_channels, size, stride in ((channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)):
+        layers += [layer_init(nn.Conv2d(in_channels, out_channels, size, stride)), nn.ReLU()]
+    convolutions = nn.Sequential(*layers, nn.Flatten())
+    num_features = convolutions(torch.zeros(1, channels, height, width)).shape[1]
+    return nn.Sequential(convolutions, layer_init(nn.Linear(num_features, 512)), nn.ReLU())
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows seen so far (Chan et al. 1979); buffers, so they are saved with the weights."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.tensor(0.0))
+
+    def update(self, rows):
+        rows = torch.as_tensor(rows, dtype=torch.float32, device=self.mean.device)
+        share = len(rows) / (self.count + len(rows))  # of the new rows among all
+        delta = rows.mean(0) - self.mean
+        self.var += share * (rows.var(0, correction=0) - self.var + (1 - share) * delta.square())
+        self.mean += share * delta
+        self.count += len(rows)
+
+
+class Agent(nn.Module):
+    """Policy π(a|s), categorical or Gaussian, and value function V(s), of vectors or images (three axes)."""
+
+    def __init__(self, obs_space, action_space, args):
+        super().__init__()
+        self.obs_space, self.action_space = obs_space, action_space
+        self.is_image = len(obs_space.shape) == 3
+        self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.obs_stats = RunningMeanStd(*obs_space.shape) if args.norm_obs else None
+        self.return_stats = RunningMeanStd() if args.norm_reward else None
+        if isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
+            self.log_std = nn.Parameter(torch.full((gym.spaces.flatdim(action_space),), args.log_std_init))
+            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
+            low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
+            self.centre, self.half_range = (low + high) / 2, (high - low) / 2
+        elif not self.is_discrete:
+            fail(f"{Path(__file__).name} takes Discrete or float Box actions; no file takes {action_space}")
+        shape = self.preprocess(obs_space.low).shape
+        self.encoder = nature_cnn(*shape) if self.is_image else nn.Identity()
+        num_features, hidden_sizes = (512, ()) if self.is_image else (shape[0], args.hidden_sizes)
+        num_outputs = gym.spaces.flatdim(action_space)  # an action each, or an axis
+        self.actor = mlp(num_features, hidden_sizes, num_outputs, 0.01)  # at first nearly uniform, or of mean 0
+        self.critic = nn.Sequential(*mlp(num_features, hidden_sizes, 1, 1.0), nn.Flatten(0))  # (B,), not (B, 1)
+
+    def preprocess(self, obs):
+        """Arrays (..., *obs_space.shape) as the networks take them: float32; images in [0, 1], channels first."""
+        x = obs / np.float32(255) if self.is_image else obs.astype(np.float32)
+        if self.obs_stats is not None:
+            mean, var = self.obs_stats.mean.numpy(force=True), self.obs_stats.var.numpy(force=True)
+            x = ((obs - mean) / np.sqrt(var + 1e-8)).clip(-10, 10).astype(np.float32)
+        channels_last = self.is_image and self.obs_space.shape[2] < self.obs_space.shape[0]
+        return np.moveaxis(x, -1, -3) if channels_last else x
+
+    def policy(self, features):
+        """π(·|s) as a torch distribution, of features = encoder(x)."""
+        output = self.actor(features)
+        if self.is_discrete:
+            return Categorical(logits=output, validate_args=False)
+        return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
+
+    def numpy_policy(self, rng=None):
+        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...): three times as fast as torch here."""
+        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.actor)[::2]]
+        std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
+
+        def act(obs):
+            x = self.preprocess(obs)
+            if self.is_image:
+                with torch.inference_mode():
+                    x = self.encoder(torch.as_tensor(x, device=self.actor[0].weight.device)).numpy(force=True)
+            for weight, bias in layers[:-1]:
+                x = np.tanh(x @ weight + bias)
+            output = x @ layers[-1][0] + layers[-1][1]
+            if rng is not None and self.is_discrete:
+                output = output + rng.gumbel(size=output.shape)  # the argmax is then a sample of the softmax
+            elif rng is not None:
+                output = output + std * rng.standard_normal(output.shape, np.float32)
+            return output.argmax(-1) if self.is_discrete else output
+
+        return act
+
+    def to_env(self, actions):
+        """Actions as the environment takes them: scaled from [-1, 1] to the bounds of each axis, and clipped."""
+        space = self.action_space
+        if self.is_discrete:
+            return (actions + space.start).astype(space.dtype, copy=False)
+        actions = self.centre + self.half_range * actions.reshape(-1, *space.shape)
+        return actions.clip(space.low, space.high).astype(space.dtype, copy=False)
+
+
+# ==== A3C
+def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
+    """Advantages Â and returns R̂ = Â + V, both (T, N), of rewards, terminated, truncated (T, N) and values (T+1, N).
+
+    A terminal state is worth 0, a truncated one its value; no Â reaches past the end of its episode (Schulman 2016).
+    """
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
+    decay = gamma * gae_lambda * ~(terminated | truncated)
+    advantages, advantage = np.zeros_like(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        advantage = deltas[t] + decay[t] * advantage
+        advantages[t] = advantage
+    return advantages, advantages + values[:-1]
+
+
+def a3c_loss(log_probs, entropy, values, advantages, returns, args):
+    """The loss -L of B transitions and its parts. All but args: (B,); advantages and returns are constants."""
+    policy_loss = -(log_probs * advantages).mean()
+    value_loss = (values - returns).square().mean()
+    entropy = entropy.mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    return loss, policy_loss, value_loss, entropy
+
+
+@torch.no_grad()
+def rmsprop_step(agent, squares, gradients, learning_rate, alpha=0.99, eps=1e-5):
+    """A step on the parameters θ of `agent`; those of `squares` are g. Both may be in shared memory."""
+    for theta, g, gradient in zip(agent.parameters(), squares.parameters(), gradients, strict=True):
+        g.mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
+        theta.addcdiv_(gradient, g.sqrt() + eps, value=-learning_rate)
+
+
+def train(args):
+    """Train an agent, evaluate it and return it."""
+    if args.device not in ("auto", "cpu"):
+        fail(f"--device {args.device} cannot be used: a3c.py is for CPUs; a2c.py takes GPUs")
+    if args.num_steps < 2 or args.total_timesteps < args.num_envs * args.num_steps:  # every second step may only reset
+        fail("--num-steps must be at least 2, and --num-envs times --num-steps at most --total-timesteps")
+    torch.manual_seed(args.seed)
+    envs = make_envs(args, 1)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).share_memory()
+    envs.close()
+    squares = copy.deepcopy(agent).share_memory()  # g, a number for each of θ
+    for g in squares.parameters():
+        nn.init.zeros_(g)
+
+    with Run(args, agent=agent, squares=squares) as run:
+        spawn = multiprocessing.get_context("spawn")
+        counters = spawn.Value("q", run.global_step), spawn.Value("q", 0)  # environment steps, and updates of θ
+        messages = spawn.Queue()
+        arguments = args, agent, squares, counters, messages
+        workers = multiprocessing.spawn(work, arguments, args.num_workers, join=False)
+        finished = False
+        try:
+            while not finished:
+                finished = workers.join(timeout=0.1)  # if one has failed, this ends the others and raises
+                while not messages.empty():
+                    step, episodes, scalars = messages.get()
+                    run.global_step = max(run.global_step, step)
+                    for step, episodic_return, length in episodes:
+                        run.returns.append(episodic_return)
+                        run.writer.add_scalar("charts/episodic_return", episodic_return, step)
+                        run.writer.add_scalar("charts/episodic_length", length, step)
+                    if scalars:  # not in a worker's last message
+                        run.log_update(scalars)
+        finally:
+            for process in workers.processes:
+                process.terminate()
+        run.finish(agent)
+    return agent
+
+
+def work(worker, args, shared, squares, counters, messages):
+    """A worker: play and learn until all of them have made the total timesteps. `shared` is the agent with θ."""
+    torch.set_num_threads(1)
+    envs = make_envs(args, args.num_envs)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+    T, N = args.num_steps, args.num_envs
+    global_step, num_updates = counters
+    seed = args.seed + global_step.value + 1000 * worker
+    rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
+    obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
+    actions = np.stack([agent.numpy_policy()(obs[0])] * T)
+    rewards, discounted = np.zeros((2, T, N), np.float32)
+    terminated, truncated, valid = np.zeros((3, T, N), bool)
+    ended, discounted_return = np.zeros(N, bool), np.zeros(N)
+    episode, episodes = np.zeros((2, N)), []  # return and length of those under way; those that have ended
+    step_of_message = 0
+
+    while True:
+        with global_step.get_lock():
+            step = global_step.value + T * N
+            if step > args.total_timesteps:
+                break
+            global_step.value = step
+        # 1. θ' ← θ.
+        agent.load_state_dict(shared.state_dict())
+        num_updates_at_copy = num_updates.value
+
+        # 2. Play T steps of N environments. The step after the end of an episode only resets: it is not valid.
+        act = agent.numpy_policy(rng)
+        obs[0] = obs[T]
+        for t in range(T):
+            valid[t] = ~ended
+            actions[t] = act(obs[t])
+            obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
+            rewards[t] *= valid[t]
+            ended = terminated[t] | truncated[t]
+            episode += rewards[t], valid[t]
+            episodes += [(step, *episode[:, n]) for n in np.flatnonzero(ended)]
+            episode[:, ended] = 0
+        assert np.isfinite(obs).all(), "observations not finite"
+        assert np.isfinite(rewards).all(), "rewards not finite"
+
+        # 3. log π(a_t|s_t) and V(s_t) in one batch; from V the advantages Â_t and returns R̂_t.
+        x = torch.as_tensor(agent.preprocess(obs)).flatten(0, 1)
+        features = agent.encoder(x)
+        policy, b_values = agent.policy(features[: T * N]), agent.critic(features)
+        b_log_probs = policy.log_prob(torch.as_tensor(actions).flatten(0, 1))
+        values = b_values.numpy(force=True).reshape(T + 1, N)
+        scaled = rewards
+        if args.norm_reward:
+            for t in range(T):
+                discounted_return = rewards[t] + args.gamma * valid[t] * discounted_return
+                discounted[t] = discounted_return
+            shared.return_stats.update(discounted[valid])
+            scaled = np.clip(rewards / (shared.return_stats.var.item() ** 0.5 + 1e-8), -10, 10)
+        advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
+
+        # 4. Δθ, the gradient of L at θ'.
+        i = torch.as_tensor(np.flatnonzero(valid))
+        b_advantages, b_returns = torch.as_tensor(advantages[valid]), torch.as_tensor(returns[valid])
+        batch = b_log_probs[i], policy.entropy()[i], b_values[i], b_advantages, b_returns
+        loss, policy_loss, value_loss, entropy = a3c_loss(*batch, args)
+        agent.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+
+        # 5. A step with it on θ, which others may be changing, too.
+        progress = (step - T * N) / args.total_timesteps  # before this rollout
+        learning_rate = args.learning_rate * (1 - progress * args.anneal_lr)
+        rmsprop_step(shared, squares, [x.grad for x in agent.parameters()], learning_rate)
+        staleness = num_updates.value - num_updates_at_copy
+        num_updates.value += 1
+        if args.norm_obs:  # only now: everything above has seen the same statistics
+            shared.obs_stats.update(obs[:T][valid])
+
+        # 6. Tell the main process, often enough for a curve of a thousand points.
+        if step >= step_of_message + args.total_timesteps // 1000:
+            scalars = {
+                "losses/policy_loss": policy_loss.item(),
+                "losses/value_loss": value_loss.item(),
+                "losses/entropy": entropy.item(),
+                "charts/learning_rate": learning_rate,
+                "charts/staleness": staleness,
+            }
+            messages.put((step, episodes, scalars))
+            episodes, step_of_message = [], step
+    messages.put((step - T * N, episodes, {}))
+
+
+# ==== shared: plumbing. The same in every file, and none of it is about the algorithm: skip it at a first reading.
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)  # as tyro does for a flag that it does not know
+
+
+def select_device(name):
+    if name == "auto":
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        return torch.zeros(1, device=name).device  # raises if there is none
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} cannot be used: {error}")
+
+
+def make_envs(args, num_envs, eval_folder=None):
+    """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
+    is_atari = (env_id := args.env_id.removeprefix("ale_py:")).startswith("ALE/")
+    options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
+    if eval_folder and args.capture_video:
+        record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
+        options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
+        if is_atari:  # ale-py's own vector environment cannot render; unlike it, this does not press FIRE at a start
+            stack = partial(gym.wrappers.FrameStackObservation, stack_size=4, padding_type="zero")
+            options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
+    elif is_atari:
+        options["reward_clipping"] = not eval_folder  # to ±1, in training only
+    try:
+        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
+        space = envs.single_observation_space
+        image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
+        if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+            envs = gym.wrappers.vector.FlattenObservation(envs)
+        assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
+        assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP, "it must reset on the next step"
+        return envs
+    except Exception as error:  # its constructor may raise anything
+        fail(f"cannot use the environment {args.env_id}: {error}")
+
+
+def evaluate(agent, args, folder):
+    """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
+    envs = make_envs(args, 1, eval_folder=folder)
+    act, returns = agent.numpy_policy(), []
+    for episode in tqdm(range(args.eval_episodes), desc="evaluation (up to 27,000 steps each)"):
+        obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + episode)
+        returns.append(0.0)
+        for _ in range(27_000):  # half an hour of Atari
+            obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(act(obs)))
+            returns[-1] += rewards.item()
+            if terminated or truncated:
+                break
+    envs.close()
+    result = f"mean_return={np.mean(returns):.2f} std={np.std(returns):.2f} episodes={len(returns)}"
+    print(f"eval: {result} checkpoint={folder}/checkpoint.pt")
+    return returns
+
+
+def load_checkpoint(path, **modules):
+    """Read a checkpoint, a dict, and give `modules` their states in it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        Args(**checkpoint["args"])  # raises if these are not the arguments of this file
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        return checkpoint
+    except Exception as error:
+        fail(f"cannot use {path} as a checkpoint of {Path(__file__).name}: {error}")
+
+
+class Run(AbstractContextManager):
+    """A run's folder with log and checkpoint, and its progress bar. modules: what the checkpoint keeps, by name."""
+
+    def __init__(self, args, **modules):
+        self.args, self.modules, self.global_step = args, modules, 0
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
+        self.folder = Path(args.log_dir) / name.replace("/", "-").replace(":", "-")
+        if args.resume:
+            self.folder = Path(args.resume).parent
+            self.global_step = load_checkpoint(args.resume, **modules)["global_step"]
+        if args.track:
+            import_module("wandb").init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+        self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1, max_queue=1000)
+        self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
+        self.bar = tqdm(None, args.env_id, args.total_timesteps, initial=self.global_step, unit=" steps", disable=False)
+        self.episode = np.zeros((2, args.num_envs))  # return and length so far
+        self.returns = []  # of the episodes that have ended
+        self.save()
+
+    def log_step(self, rewards, valid, ended):
+        self.global_step += len(rewards)
+        self.episode += rewards, valid
+        for n in np.flatnonzero(ended):
+            self.returns.append(self.episode[0, n])
+            self.writer.add_scalar("charts/episodic_return", self.episode[0, n], self.global_step)
+            self.writer.add_scalar("charts/episodic_length", self.episode[1, n], self.global_step)
+            self.episode[:, n] = 0
+
+    def log_update(self, scalars, **inputs):
+        """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
+        if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
+            for name, values in (inputs | scalars).items():
+                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
+            scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, self.global_step)
+            self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.1f}" if self.returns else "", False)
+            self.bar.update(self.global_step - self.bar.n)
+        if self.global_step >= self.saved_step + self.args.checkpoint_interval:
+            self.save()
+
+    def save(self):
+        """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
+        assert all(x.isfinite().all() for x in self.modules["agent"].parameters()), "a weight is not finite"
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
+        torch.save(state, self.folder / "checkpoint.tmp")
+        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
+        self.saved_step = self.global_step
+
+    def finish(self, agent):
+        self.save()
+        self.bar.close()
+        for episode, episodic_return in enumerate(evaluate(agent, self.args, self.folder), start=1):
+            self.writer.add_scalar("eval/episodic_return", episodic_return, self.global_step + episode)
+
+    def __exit__(self, error_type, *_):
+        self.bar.close()
+        self.writer.close()
+        if error_type is KeyboardInterrupt:
+            self.save()
+            print(f"stopped; resume with: python '{__file__}' --resume '{self.folder}/checkpoint.pt'")
+            if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
+                sys.exit(130)
+
+
+def main():
+    sys.path.insert(0, str(Path.cwd()))  # `my_env:MyEnv-v0` finds my_env.py in the current directory
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
+    torch.backends.cudnn.deterministic = True
+    args = tyro.cli(Args, description=__doc__)
+    if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
+        saved = Args(**load_checkpoint(path)["args"])
+        args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs
+    if args.evaluate:
+        envs = make_envs(args, 1)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
+        load_checkpoint(args.evaluate, agent=agent)
+        evaluate(agent, args, Path(args.evaluate).parent)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    main()
