@@ -251,8 +251,8 @@ def train(args):
             while not finished:
                 finished = workers.join(timeout=0.1)  # if one has failed, this ends the others and raises
                 while not messages.empty():
-                    step, episodes, scalars = messages.get()
-                    run.global_step = max(run.global_step, step)
+                    last_step, episodes, scalars = messages.get()
+                    run.global_step = max(run.global_step, last_step)
                     for step, episodic_return, length in episodes:
                         run.returns.append(episodic_return)
                         run.writer.add_scalar("charts/episodic_return", episodic_return, step)
