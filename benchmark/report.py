@@ -4,7 +4,8 @@
 
 reads the TensorBoard logs of RUNS_FOLDER/ENV__NAME__SEED/ (made by benchmark.sh) and writes to RESULTS_FOLDER
 
-    results.csv, results.md    a row per environment and algorithm; an overview, also in the README.md beside the folder
+    results.csv, results.md    a row per environment and algorithm, or other run of it (a2c-200k: with fewer steps); an
+                               overview of the algorithms, also in the README.md beside the folder
     curves.csv                 the learning curves: a row per window of environment steps, mean and std over seeds
     ENV.png                    the curves of every algorithm, against steps and against seconds
     reinforce-weights.png      the three weights of REINFORCE: their curves, and the variance of the gradient if
@@ -164,7 +165,8 @@ def update(path: Path, new: pd.DataFrame) -> pd.DataFrame:
 
 def published(row) -> pd.DataFrame:
     """The published figures of a row of results.csv, the best first, of equal ones that with the fewest steps."""
-    here = PUBLISHED[(PUBLISHED.environment == row.environment) & (PUBLISHED.algorithm == row.algorithm)]
+    algorithm = row.algorithm.split("-")[0]  # of a2c-200k, too
+    here = PUBLISHED[(PUBLISHED.environment == row.environment) & (PUBLISHED.algorithm == algorithm)]
     return here.sort_values(["mean", "steps"], ascending=[False, True])
 
 
