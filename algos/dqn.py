@@ -8,8 +8,8 @@ target is computed by a copy of the network, Q_targ, that follows only slowly.
     y = r + γ (1 - terminated) max_a' Q_targ(s', a')
     L = E[ (Q(s, a) - y)² ], minimised with Adam; y is a constant
 
-The maximum of noisy estimates is too high on average. Double DQN (--double-q) lets one network choose the action and
-the other evaluate it:
+The maximum of noisy estimates is too high on average. Double DQN (the default; --no-double-q is the first form) lets
+one network choose the action and the other evaluate it:
 
     y = r + γ (1 - terminated) Q_targ(s', argmax_a' Q(s', a'))
 
@@ -57,6 +57,7 @@ class Args:
     num_envs: int = 1  # N parallel environments
     hidden_sizes: tuple[int, ...] = (120, 84)  # hidden layers of Q; none: linear (images: always 512)
     learning_rate: float = 2e-3  # step size of Adam
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the total timesteps
     gamma: float = 0.99  # discount γ
     buffer_size: int = 100_000  # about how many of the latest steps the replay buffer keeps
     batch_size: int = 128  # transitions of a gradient step
@@ -68,7 +69,7 @@ class Args:
     start_e: float = 1.0  # ε at the start
     end_e: float = 0.05  # ε at the end
     exploration_fraction: float = 0.2  # share of the total timesteps in which ε falls from start_e to end_e
-    double_q: bool = False  # Double DQN: Q chooses the action in y, Q_targ evaluates it
+    double_q: bool = True  # Double DQN: Q chooses the action in y, Q_targ evaluates it
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of the environment: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -249,7 +250,6 @@ def train(args):
     buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space, stack)
 
     with Run(args, agent=agent, target=target, optimizer=optimizer) as run:
-        optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
         first_step = run.global_step
         seed = args.seed + first_step  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
@@ -271,7 +271,9 @@ def train(args):
                 obs, valid = next_obs, ~ended
 
             # 2. Gradient steps, on transitions from the buffer.
-            scalars = {"charts/epsilon": epsilon, "charts/learning_rate": args.learning_rate}
+            progress = (run.global_step - T * N) / args.total_timesteps  # before these steps
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress * args.anneal_lr)
+            scalars = {"charts/epsilon": epsilon, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
             if run.global_step >= first_step + args.learning_starts:
                 for _ in range(args.gradient_steps):
                     b_obs, b_actions, b_rewards, b_next_obs, b_terminated = buffer.sample(args.batch_size, rng)

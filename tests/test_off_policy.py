@@ -225,8 +225,8 @@ def test_ddpgs_first_actions_are_uniform_and_later_ones_those_of_the_policy_with
 @pytest.mark.parametrize(
     ("num_envs", "args"),
     [
-        (1, {"tau": 0.3, "gradient_steps": 3, "double_q": True}),
-        (3, {"target_network_frequency": 42, "learning_starts": 61}),
+        (1, {"tau": 0.3, "gradient_steps": 3}),
+        (3, {"target_network_frequency": 42, "learning_starts": 61, "double_q": False}),
         (1, {"target_network_frequency": 7, "tau": 0.5, "train_frequency": 20, "learning_starts": 0}),
     ],
 )
@@ -244,10 +244,11 @@ def test_run_of_dqn(num_envs, args, monkeypatch, tmp_path):
     for i, (step, (obs, actions, rewards, next_obs, terminated)) in enumerate(batches):
         with torch.no_grad():
             values = target(next_obs)
-            best = (q(next_obs) if args.get("double_q") else values).argmax(1)
+            best = (q(next_obs) if args.get("double_q", True) else values).argmax(1)
         y = rewards + 0.9 * ~terminated * values[range(16), best]
         loss = (q(obs)[range(16), actions] - y).pow(2).mean()
         losses[step] = loss.item()
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - (step - every) / 200)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
