@@ -93,9 +93,9 @@ def test_only_a_complete_run_or_publish_replaces_the_results(run):
 def test_it_says_how_long_it_will_take(run, tmp_path):
     (tmp_path / "benchmark").mkdir()
     (tmp_path / "benchmark/results.csv").write_text("environment,algorithm,seconds\nCartPole-v1,ppo,7200\n")
-    _, output, _ = run(ALGOS="ppo dqn", SEEDS="2", JOBS="4")
+    _, output, _ = run(ALGOS="ppo trpo", SEEDS="2", JOBS="4")
     assert "4 runs to go: about 1.0 hours (DDPG 0.0), and 2 runs of unknown length\n" in output
-    assert "0 runs to go" in run(ALGOS="ppo dqn", SEEDS="2")[1]
+    assert "0 runs to go" in run(ALGOS="ppo trpo", SEEDS="2")[1]
 
 
 def test_two_at_once_on_one_folder(run, tmp_path):
