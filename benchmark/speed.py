@@ -72,7 +72,14 @@ CASES = {
     "dqn": Case(
         env_id="CartPole-v1",
         steps=30_000,
-        ours=REPLAY | {"train_frequency": 4, "batch_size": 128, "target_network_frequency": 500, "tau": 1.0},
+        ours=REPLAY
+        | {
+            "train_frequency": 4,
+            "batch_size": 128,
+            "target_network_frequency": 500,
+            "tau": 1.0,
+            "double_q": False,
+        },
         theirs={
             "train_freq": 4,
             "batch_size": 128,
