@@ -4,13 +4,20 @@ import os
 import re
 import signal
 import time
+from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, only, read_checkpoint, read_events, small, train
+from torch.nn.utils import parameters_to_vector
 
 from algos import a2c, a3c
+from tests.tiny_envs import Trace
 
 A3C = ROOT / "algos/a3c.py"
 
@@ -28,6 +35,45 @@ def children(process) -> list[int]:
     return [child for child, parent in parents.items() if parent == process.pid]
 
 
+class Counter:
+    """In the place of a multiprocessing.Value: who changes it must have held the lock since it was read."""
+
+    def __init__(self, number):
+        self.number, self.held, self.read = number, False, False
+
+    @contextmanager
+    def get_lock(self):
+        self.held, self.read = True, False
+        yield
+        self.held = False
+
+    @property
+    def value(self):
+        self.read = self.held
+        return self.number
+
+    @value.setter
+    def value(self, number):
+        assert self.held, "changed without the lock"
+        assert self.read, "changed after others may have changed it"
+        self.number = number
+
+
+def play(worker=0, start=0, env="Trace", **args):
+    """A worker in this process, from that step on: θ before and after, g, and the messages."""
+    Trace.log.clear()
+    own = dict(env_id=f"tests.tiny_envs:{env}-v0", hidden_sizes=(8,), num_envs=2, num_steps=8)
+    args = a3c.Args(**own | {"total_timesteps": start + 80} | args)
+    envs = a3c.make_envs(args, 1)
+    shared, squares = (a3c.Agent(envs.single_observation_space, envs.single_action_space, args) for _ in range(2))
+    for g in squares.parameters():
+        g.data.zero_()
+    before, messages = parameters_to_vector(shared.parameters()).detach(), Queue()
+    a3c.work(worker, args, shared, squares, (Counter(start), SimpleNamespace(value=0)), messages)
+    after, g = (parameters_to_vector(module.parameters()).detach() for module in (shared, squares))
+    return before, after, g, list(messages.queue)
+
+
 @pytest.mark.parametrize("args", [{}, {"norm_obs": True, "norm_reward": True, "ent_coef": 0.1, "gae_lambda": 0.9}])
 def test_one_worker_is_a2c(args, tmp_path):
     """The same transitions give the same gradients, and the same steps: all weights are the same, bit for bit."""
@@ -42,6 +88,81 @@ def test_one_worker_is_a2c(args, tmp_path):
     assert {value for _, value in logs[1]["charts/staleness"]} <= {0}
 
 
+@pytest.mark.parametrize(("worker", "start", "seed"), [(0, 0, 1), (3, 0, 3001), (1, 80, 1081)])
+def test_each_worker_has_its_own_episodes_and_a_resumed_run_has_others(worker, start, seed):
+    play(worker, start)
+    assert {step.env for step in Trace.log} == {seed, seed + 1}
+
+
+def test_every_worker_changes_the_shared_parameters_and_squares():
+    for worker in (0, 1):
+        before, after, squares, _ = play(worker)
+        assert not torch.equal(before, after)
+        assert (squares >= 0).all()
+        assert squares.any()
+
+
+def test_messages_have_each_episode_once_and_come_a_thousand_times_a_run():
+    *_, messages = play(start=99_680, total_timesteps=100_000)
+    steps, episodes, scalars = zip(*messages, strict=True)
+    assert [step - 99_680 for step in steps] == [16, 128, 240, 320]  # the first, each after 100 steps, the last
+    assert [bool(x) for x in scalars] == [True, True, True, False]
+    played, ended = defaultdict(list), []
+    for step in Trace.log:
+        played[step[:2]].append(step.reward)
+        if step.terminated or step.truncated:
+            ended.append((len(played[step[:2]]), sum(played[step[:2]])))
+    told = [(length, value) for some in episodes for _, value, length in some]
+    np.testing.assert_allclose(sorted(told), sorted(ended), rtol=1e-4, atol=1e-4)
+    assert all(step <= last for last, some in zip(steps, episodes, strict=True) for step, *_ in some)
+
+
+@pytest.mark.parametrize(("kwargs", "word"), [({"flaw": np.nan}, "observations"), ({"reward": np.inf}, "rewards")])
+def test_a_worker_learns_nothing_from_numbers_that_are_not_finite(kwargs, word):
+    with pytest.raises(AssertionError, match=f"{word} not finite"):
+        play(env="Odd", env_kwargs=kwargs)
+
+
+def test_the_main_process_takes_messages_in_any_order_and_saves_the_shared_squares(monkeypatch, tmp_path):
+    """Its workers are in no hurry here: they only write to the shared memory, and send messages."""
+    began = []
+
+    def spawn(work, arguments, num_workers, join):
+        _, agent, squares, (global_step, _), messages = arguments
+        assert all(x.is_shared() for module in (agent, squares) for x in module.state_dict().values())
+        began.append((num_workers, global_step.value, {g.max().item() for g in squares.parameters()}))
+        for g in squares.parameters():
+            g.data.fill_(3)
+        for step in (48, 80, 64):
+            messages.put((step, [(step, 1.5, 3)], {"charts/staleness": step}))
+        time.sleep(0.5)  # until they are in the pipe
+        return SimpleNamespace(join=lambda timeout: True, processes=[])
+
+    monkeypatch.setattr(a3c.multiprocessing, "spawn", spawn)
+    train(a3c, "Trace", tmp_path, num_workers=3)
+    folder = only(tmp_path)
+    events = read_events(folder)
+    assert read_checkpoint(folder)["global_step"] == 80
+    assert events["charts/staleness"] == [(48, 48), (80, 80), (80, 64)]
+    assert events["charts/episodic_return"] == [(48, 1.5), (80, 1.5), (64, 1.5)]
+    train(a3c, "Trace", tmp_path, resume=str(folder / "checkpoint.pt"))
+    assert began == [(3, 0, {0}), (1, 80, {3})]
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ("--device cuda", "a2c.py"),
+        ("--num-steps 1", "--num-steps"),
+        ("--num-envs 2 --num-steps 8 --total-timesteps 15", "--total-timesteps"),
+        ("--num-workers 0", "--num-workers"),
+    ],
+)
+def test_what_is_refused(flags, word, cli):
+    result = cli(A3C, flags)
+    assert (result.status, word in result.err, (result.cwd / "runs").exists()) == (2, True, False)
+
+
 def test_workers_share_the_steps(cli):
     result = cli(A3C, small(A3C, "--num-workers 3 --total-timesteps 4800 --num-envs 1 --num-steps 2")).check()
     assert read_checkpoint(result.folder)["global_step"] == 4800
@@ -49,7 +170,7 @@ def test_workers_share_the_steps(cli):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("stop", ["kill a worker", "kill", "Ctrl-C"])
+@pytest.mark.parametrize("stop", ["kill a worker", "kill", "Ctrl-C", "SIGTERM"])
 def test_no_worker_is_left_behind(stop, launch, tmp_path):
     script = launch(A3C, small(A3C, "--num-workers 2 --env-id CartPole-v1 --total-timesteps 10000000"), tmp_path)
     script.wait_for("return")  # in the bar
@@ -58,7 +179,8 @@ def test_no_worker_is_left_behind(stop, launch, tmp_path):
         os.kill(workers[-1], signal.SIGKILL)
         result = script.stop()
     else:
-        result = script.stop(signal.SIGKILL if stop == "kill" else signal.SIGINT, group=stop == "Ctrl-C")
+        number = {"kill": signal.SIGKILL, "Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}[stop]
+        result = script.stop(number, group=stop == "Ctrl-C")
     assert result.status == {"kill a worker": 1, "kill": -signal.SIGKILL}.get(stop, 130)
     assert ("SIGKILL" in result.err) == (stop == "kill a worker")
     assert bool(re.search("resume with: .*checkpoint.pt", result.out)) == (result.status == 130)

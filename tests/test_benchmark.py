@@ -214,6 +214,13 @@ def test_published_figures():
     assert not figures.duplicated().any()
 
 
+def test_another_run_of_an_algorithm_is_compared_with_its_figures():
+    rows = pd.DataFrame({"environment": "CartPole-v1", "algorithm": ["a2c", "a2c-200k"]}).itertuples()
+    usual, other = map(report.published, rows)
+    assert len(usual) > 0
+    pd.testing.assert_frame_equal(usual, other)
+
+
 def test_report_keeps_what_it_has_no_runs_of(tmp_path):
     runs, results, picture = tmp_path / "runs", tmp_path / "results", tmp_path / "results/reinforce-weights.png"
     (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- results -->\nafter\n")

@@ -4,9 +4,10 @@ import warnings
 from collections import Counter
 
 import gymnasium as gym
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import ALGOS, PPO, ROOT, small, takes
+from conftest import ALGOS, PPO, ROOT, load, read_checkpoint, small, takes
 from gymnasium.utils.env_checker import check_env
 
 GAME, RALLY = "envs.pong:PongDifference-v0", "envs.pong:PongRally-v0"
@@ -83,9 +84,56 @@ def test_actions_move_the_paddle_up_and_down():
         assert rows[0] < 20 < 60 < rows[1]
 
 
+def test_actions_may_be_repeated():
+    """With probability 1 the last action is done again, and the first one of a game is to do nothing."""
+    env = gym.make(GAME, repeat_action_probability=1.0, render_mode="rgb_array")
+    env.reset(seed=0)
+    before = slow_court(env.render())[:, 70:74]
+    for _ in range(10):
+        env.step(0)
+    np.testing.assert_array_equal(slow_court(env.render())[:, 70:74], before)
+
+
+@pytest.mark.parametrize(("env_id", "seed", "new"), [(GAME, None, 1), (GAME, 1, 1), (RALLY, None, 0), (RALLY, 1, 1)])
+def test_a_reset_begins_a_new_game_unless_the_next_rally_is_due(env_id, seed, new):
+    env = gym.make(env_id)
+    env.reset(seed=1)
+    for _ in range(10):
+        env.step(0)
+    ale = env.unwrapped.game.unwrapped.ale
+    assert ale.getEpisodeFrameNumber() == 40
+    env.reset(seed=seed)
+    assert ale.getEpisodeFrameNumber() == (0 if new else 40)
+
+
+@pytest.mark.parametrize("env_id", [GAME, RALLY])
+def test_a_game_that_takes_too_long_is_truncated_and_over(env_id, monkeypatch):
+    env = gym.make(env_id).unwrapped
+    env.reset(seed=1)
+    step = env.game.step
+    monkeypatch.setattr(env.game, "step", lambda action: (*step(action)[:3], True, {}))
+    _, reward, *ended, _ = env.step(0)
+    assert (reward, ended) == (0, [False, True])
+    env.reset()
+    assert env.game.unwrapped.ale.getEpisodeFrameNumber() == 0
+
+
 @pytest.mark.parametrize("path", [path for path in ALGOS if takes(path, "Discrete")], ids=lambda path: path.stem)
 def test_every_file_plays_it(path, cli):
     cli(path, small(path, f"--env-id {RALLY} --eval-episodes 2")).check()
+
+
+@pytest.mark.parametrize("stem", ["a2c", "ppo", "reinforce"])
+def test_pictures_of_the_weights(stem, cli, tmp_path):
+    """Those before training are those that the run began with: with a learning rate of 0 they are the same."""
+    pong_weights, path = load(ROOT / "benchmark/pong_weights.py"), PPO.with_stem(stem)
+    folder = cli(path, small(path, f"--env-id {RALLY} --seed 3 --hidden-sizes 24 8 --learning-rate 0")).check().folder
+    before, after = pong_weights.first_weights(read_checkpoint(folder))
+    assert before.shape == (24, 80, 80)
+    np.testing.assert_array_equal(before, after)
+    pong_weights.main(folder / "checkpoint.pt", tmp_path / "weights.png")
+    colours = plt.imread(tmp_path / "weights.png")[..., :3]
+    assert (np.ptp(colours, axis=2) > 0.1).mean() > 0.1  # more than the colour bars
 
 
 def test_without_the_emulator_one_sentence_says_what_to_install(tmp_path, launch):
