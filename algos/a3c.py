@@ -2,7 +2,7 @@ r"""Asynchronous Advantage Actor-Critic (A3C).
 
 A2C without the waiting: worker processes share one set of parameters θ, and each goes on at its own pace. It copies θ,
 plays a few steps of its environments with the copy θ', computes the gradient of A2C's loss there, and takes a step with
-it on θ, which others have changed in the meantime. Nothing is locked: two steps seldom meet, and then do little harm
+it on θ, which others have changed in the meantime. θ is not locked: two steps seldom meet, and then do little harm
 (Hogwild). The running squares g of RMSprop are shared, too.
 
     θ' ← θ;   play t = 1 … T with π_θ'
@@ -11,13 +11,13 @@ it on θ, which others have changed in the meantime. Nothing is locked: two step
     g ← α g + (1-α) Δθ²,   θ ← θ - η Δθ / (√g + ε)
 
 How many steps of others went into θ since it was copied is logged as the staleness. With one worker there are none, and
-this is A2C to the bit; with more, how they interleave is chance, and no run is like another.
+this is A2C to the bit, if the settings are; with more, how they interleave is chance, and no run is like another.
 
 V. Mnih et al.: Asynchronous Methods for Deep Reinforcement Learning, 2016, arXiv:1602.01783. Hogwild: F. Niu, B. Recht,
 C. Ré, S. Wright, 2011, arXiv:1106.5730. GAE(λ): J. Schulman et al., 2016, arXiv:1506.02438.
 
     python algos/a3c.py --env-id CartPole-v1
-    python algos/a3c.py --env-id CartPole-v1 --num-workers 4 --num-envs 1
+    python algos/a3c.py --env-id CartPole-v1 --num-workers 4
 """
 
 import copy
@@ -244,10 +244,11 @@ def train(args):
         spawn = multiprocessing.get_context("spawn")
         counters = spawn.Value("q", run.global_step), spawn.Value("q", 0)  # environment steps, and updates of θ
         messages = spawn.Queue()
-        arguments = args, agent, squares, counters, messages
-        workers = multiprocessing.spawn(work, arguments, args.num_workers, join=False)
+        arguments = args, agent, squares, counters, messages, run.global_step
+        not_ours = multiprocessing.active_children()
         finished = False
         try:
+            workers = multiprocessing.spawn(work, arguments, args.num_workers, join=False)
             while not finished:
                 finished = workers.join(timeout=0.1)  # if one has failed, this ends the others and raises
                 while not messages.empty():
@@ -260,20 +261,20 @@ def train(args):
                     if scalars:  # not in a worker's last message
                         run.log_update(scalars)
         finally:
-            for process in workers.processes:
+            for process in set(multiprocessing.active_children()) - set(not_ours):
                 process.terminate()
         run.finish(agent)
     return agent
 
 
-def work(worker, args, shared, squares, counters, messages):
+def work(worker, args, shared, squares, counters, messages, first_step):
     """A worker: play and learn until all of them have made the total timesteps. `shared` is the agent with θ."""
     torch.set_num_threads(1)
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     T, N = args.num_steps, args.num_envs
     global_step, num_updates = counters
-    seed = args.seed + global_step.value + 1000 * worker
+    seed = args.seed + first_step + 10**8 * worker  # a resumed run does not play the same episodes again
     rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
     obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
     actions = np.stack([agent.numpy_policy()(obs[0])] * T)
@@ -283,7 +284,11 @@ def work(worker, args, shared, squares, counters, messages):
     episode, episodes = np.zeros((2, N)), []  # return and length of those under way; those that have ended
     step_of_message = 0
 
+    main_process = multiprocessing.parent_process()
     while True:
+        if main_process is not None and not main_process.is_alive():  # it was killed
+            messages.cancel_join_thread()
+            return
         with global_step.get_lock():
             step = global_step.value + T * N
             if step > args.total_timesteps:
@@ -319,8 +324,9 @@ def work(worker, args, shared, squares, counters, messages):
             for t in range(T):
                 discounted_return = rewards[t] + args.gamma * valid[t] * discounted_return
                 discounted[t] = discounted_return
-            shared.return_stats.update(discounted[valid])
-            scaled = np.clip(rewards / (shared.return_stats.var.item() ** 0.5 + 1e-8), -10, 10)
+            with global_step.get_lock():  # two updates at once could give a negative variance
+                shared.return_stats.update(discounted[valid])
+                scaled = np.clip(rewards / (shared.return_stats.var.item() ** 0.5 + 1e-8), -10, 10)
         advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
 
         # 4. Δθ, the gradient of L at θ'.
@@ -336,10 +342,12 @@ def work(worker, args, shared, squares, counters, messages):
         progress = (step - T * N) / args.total_timesteps  # before this rollout
         learning_rate = args.learning_rate * (1 - progress * args.anneal_lr)
         rmsprop_step(shared, squares, [x.grad for x in agent.parameters()], learning_rate)
-        staleness = num_updates.value - num_updates_at_copy
-        num_updates.value += 1
+        with num_updates.get_lock():
+            staleness = num_updates.value - num_updates_at_copy
+            num_updates.value += 1
         if args.norm_obs:  # only now: everything above has seen the same statistics
-            shared.obs_stats.update(obs[:T][valid])
+            with global_step.get_lock():
+                shared.obs_stats.update(obs[:T][valid])
 
         # 6. Tell the main process, often enough for a curve of a thousand points.
         if step >= step_of_message + args.total_timesteps // 1000:

@@ -1,6 +1,6 @@
 """What the first layer of a policy looks for on the court of envs/pong.py, before and after training.
 
-    python benchmark/pong_weights.py runs/…/checkpoint.pt                  # of reinforce.py, ppo.py, a2c.py or trpo.py
+    python benchmark/pong_weights.py runs/…/checkpoint.pt        # of any policy gradient
 
 draws benchmark/pong-weights.png. Each picture is a hidden unit: the weight of each pixel of the difference of two
 frames, red where an arrival raises the unit's activity and a departure lowers it, blue where it is the other way round.
@@ -29,7 +29,9 @@ def first_weights(checkpoint: dict) -> tuple[np.ndarray, np.ndarray]:
     torch.manual_seed(args["seed"])  # as train does before it makes the agent
     known = {name: value for name, value in args.items() if name in reinforce.Args.__annotations__}
     before = reinforce.Agent(SPACE, spaces.Discrete(2), reinforce.Args(**known)).actor[0].weight
-    after = checkpoint["agent"]["actor.0.weight"]
+    after = checkpoint["agent"].get("actor.0.weight")
+    if after is None or after.shape[1] != 80 * 80:
+        sys.exit("error: this is not a policy gradient's checkpoint of envs/pong.py")
     return tuple(weight.numpy(force=True).reshape(-1, 80, 80) for weight in (before, after))
 
 
@@ -39,7 +41,7 @@ def draw(figure: plt.Figure, weights: np.ndarray, title: str) -> None:
     largest = weights[np.argsort(-norms)[: ROWS * COLUMNS]]
     limit = np.percentile(np.abs(largest), 99.8)  # a few single pixels may be beyond it
     figure.suptitle(title)
-    for axes, weight in zip(figure.subplots(ROWS, COLUMNS).flat, largest, strict=True):
+    for axes, weight in zip(figure.subplots(ROWS, COLUMNS).flat, largest, strict=False):  # some have fewer units
         image = axes.imshow(weight, cmap="RdBu_r", vmin=-limit, vmax=limit)
         axes.set(xticks=[], yticks=[])
     figure.colorbar(image, ax=figure.axes, shrink=0.6, label="weight")

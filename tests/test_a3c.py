@@ -69,7 +69,7 @@ def play(worker=0, start=0, env="Trace", **args):
     for g in squares.parameters():
         g.data.zero_()
     before, messages = parameters_to_vector(shared.parameters()).detach(), Queue()
-    a3c.work(worker, args, shared, squares, (Counter(start), SimpleNamespace(value=0)), messages)
+    a3c.work(worker, args, shared, squares, (Counter(start), Counter(0)), messages, start)
     after, g = (parameters_to_vector(module.parameters()).detach() for module in (shared, squares))
     return before, after, g, list(messages.queue)
 
@@ -88,7 +88,7 @@ def test_one_worker_is_a2c(args, tmp_path):
     assert {value for _, value in logs[1]["charts/staleness"]} <= {0}
 
 
-@pytest.mark.parametrize(("worker", "start", "seed"), [(0, 0, 1), (3, 0, 3001), (1, 80, 1081)])
+@pytest.mark.parametrize(("worker", "start", "seed"), [(0, 0, 1), (3, 0, 300_000_001), (1, 80, 100_000_081)])
 def test_each_worker_has_its_own_episodes_and_a_resumed_run_has_others(worker, start, seed):
     play(worker, start)
     assert {step.env for step in Trace.log} == {seed, seed + 1}
@@ -128,7 +128,8 @@ def test_the_main_process_takes_messages_in_any_order_and_saves_the_shared_squar
     began = []
 
     def spawn(work, arguments, num_workers, join):
-        _, agent, squares, (global_step, _), messages = arguments
+        _, agent, squares, (global_step, _), messages, first_step = arguments
+        assert first_step == global_step.value
         assert all(x.is_shared() for module in (agent, squares) for x in module.state_dict().values())
         began.append((num_workers, global_step.value, {g.max().item() for g in squares.parameters()}))
         for g in squares.parameters():

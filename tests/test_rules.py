@@ -15,7 +15,7 @@ from tests.shared import BLOCKS, find_block, with_blocks
 from tests.tiny_envs import UNFIT_ACTIONS, UNFIT_OBSERVATIONS
 
 PACKAGES = {"torch", "numpy", "gymnasium", "tyro", "tqdm"}
-MAX_LINES = {"ppo": 480, "a2c": 450, "reinforce": 450, "a3c": 520, "trpo": 520, "dqn": 460, "ddpg": 410}
+MAX_LINES = {"ppo": 480, "a2c": 450, "reinforce": 450, "a3c": 525, "trpo": 520, "dqn": 460, "ddpg": 410}
 MAX_PLUMBING_LINES = 160
 TRAIN_BEGINS = {"trpo": 300}  # before this line, or the one below
 TRAIN_BEGINS_ELSEWHERE = 250
