@@ -12,11 +12,14 @@ J. Schulman, F. Wolski, P. Dhariwal, A. Radford, O. Klimov: Proximal Policy Opti
 arXiv:1707.06347. Â_t is GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
 
     python algos/ppo.py --env-id CartPole-v1
+    torchrun --nproc-per-node 2 algos/ppo.py --env-id CartPole-v1 --num-envs 16
     python algos/ppo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \
         --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 --log-std-init -1 --target-kl 0.03 \
         --norm-obs --norm-reward
 """
 
+import atexit
+import os
 import signal
 import sys
 import time
@@ -30,7 +33,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from torch import nn
+from torch import distributed, nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -223,19 +226,20 @@ def ppo_loss(agent, x, actions, old_log_probs, advantages, returns, args):
 
 
 def train(args):
-    """Train an agent, evaluate it and return it."""
+    """Train an agent, evaluate it and return it. Under torchrun, W processes do so together."""
+    rank, W, signals = join_torchrun()
     device = select_device(args.device)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same first weights in all processes
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     T, N = args.num_steps, args.num_envs
-    if args.total_timesteps < T * N or args.num_minibatches > T // 2 * N:  # every second step may only reset
+    if args.total_timesteps < T * N * W or args.num_minibatches > T // 2 * N:  # every second step may only reset
         fail("--num-envs times --num-steps must be at most --total-timesteps, half of it at least --num-minibatches")
 
-    with Run(args, agent=agent, optimizer=optimizer) as run:
-        seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
+    with (Follower if rank else Run)(args, agent=agent, optimizer=optimizer) as run:
+        seed = args.seed + run.global_step + rank * N  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
         obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
         actions = np.stack([agent.numpy_policy()(obs[0])] * T)
@@ -243,7 +247,7 @@ def train(args):
         terminated, truncated, valid = np.zeros((3, T, N), bool)
         ended, discounted_return = np.zeros(N, bool), np.zeros(N)
 
-        while run.global_step + T * N <= args.total_timesteps:
+        while run.global_step + T * N * W <= args.total_timesteps:
             # 1. Collect T steps of N environments. The step after the end of an episode only resets: it is not valid.
             act = agent.numpy_policy(rng)
             obs[0] = obs[T]
@@ -253,7 +257,9 @@ def train(args):
                 obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
                 rewards[t] *= valid[t]
                 ended = terminated[t] | truncated[t]
-                run.log_step(rewards[t], valid[t], ended)
+            steps = np.stack([rewards, valid, terminated | truncated], axis=1)
+            for step in gather(steps, axis=2):
+                run.log_step(*step)
 
             # 2. log π_old(a_t|s_t) and V(s_t) in one batch; from V the advantages Â_t and returns R̂_t.
             x = torch.as_tensor(agent.preprocess(obs), device=device).flatten(0, 1)
@@ -269,16 +275,17 @@ def train(args):
                 for t in range(T):
                     discounted_return = rewards[t] + args.gamma * valid[t] * discounted_return
                     discounted[t] = discounted_return
-                agent.return_stats.update(discounted[valid])
+                agent.return_stats.update(gather(discounted[valid]))
                 scaled = np.clip(rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8), -10, 10)
             advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
             explained_variance = 1 - np.var((returns - values[:T])[valid]) / (np.var(returns[valid]) + 1e-8)
-            advantages = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
+            all_advantages = gather(advantages[valid])
+            advantages = (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8)
             b_advantages = torch.as_tensor(advantages, device=device).flatten()
             b_returns = torch.as_tensor(returns, device=device).flatten()
 
             # 3. Maximise L over the valid transitions, for K epochs of minibatches.
-            progress = (run.global_step - T * N) / args.total_timesteps  # before this rollout
+            progress = (run.global_step - T * N * W) / args.total_timesteps  # before this rollout
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress * args.anneal_lr)
             for _ in range(args.update_epochs):
                 order = torch.as_tensor(rng.permutation(np.flatnonzero(valid)), device=device)
@@ -287,13 +294,15 @@ def train(args):
                     loss, policy_loss, value_loss, log_ratio = ppo_loss(agent, *batch, args)
                     optimizer.zero_grad()
                     loss.backward()
+                    average_gradients(parameters)
                     nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
-                approx_kl = (log_ratio.exp() - 1 - log_ratio).mean().item()  # never negative, unlike -log_ratio.mean()
+                kl = (log_ratio.exp() - 1 - log_ratio).mean().item()  # never negative, unlike -log_ratio.mean()
+                approx_kl = np.mean(gather([kl]))
                 if args.target_kl is not None and approx_kl > args.target_kl:
                     break
             if args.norm_obs:  # only now: everything above has seen the same statistics
-                agent.obs_stats.update(obs[:T][valid])
+                agent.obs_stats.update(gather(obs[:T][valid]))
 
             # 4. Log, and save when due.
             scalars = {
@@ -306,9 +315,63 @@ def train(args):
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
             }
             run.log_update(scalars, observations=obs, rewards=rewards)
+            if any(gather(signals)):
+                raise KeyboardInterrupt
         run.finish(agent)
     envs.close()
     return agent
+
+
+# ==== torchrun: data-parallel PPO. Each process has environments of its own; their gradients are averaged, so that all
+# take the same steps. Started without torchrun there is one process, and these functions do nothing.
+def join_torchrun():
+    """The rank of this process, their number, and the signals that it will have got: they stop after an update."""
+    rank, num_processes, signals = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), []
+    if num_processes > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group()
+        atexit.register(distributed.destroy_process_group)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: signals.append(number))
+    return rank, num_processes, signals
+
+
+def gather(array, axis=0):
+    """The arrays of all processes in one."""
+    if not distributed.is_initialized():
+        return array
+    arrays = [None] * distributed.get_world_size()
+    distributed.all_gather_object(arrays, array)
+    return np.concatenate(arrays, axis)
+
+
+def average_gradients(parameters):
+    """Over all processes, in one message."""
+    if distributed.is_initialized():
+        gradient = torch.cat([x.grad.flatten() for x in parameters]) / distributed.get_world_size()
+        distributed.all_reduce(gradient)
+        for x, mean in zip(parameters, gradient.split([x.numel() for x in parameters]), strict=True):
+            x.grad.copy_(mean.view_as(x))
+
+
+class Follower(AbstractContextManager):
+    """What Run is to the other processes than the first: it only counts steps."""
+
+    def __init__(self, args, **modules):
+        self.global_step = load_checkpoint(args.resume, **modules)["global_step"] if args.resume else 0
+
+    def log_step(self, rewards, *_):
+        self.global_step += len(rewards)
+
+    def ignore(self, *_, **__):
+        pass
+
+    log_update = finish = ignore
+
+    def __exit__(self, error_type, *_):
+        if error_type is KeyboardInterrupt:
+            sys.exit(130)
 
 
 # ==== shared: plumbing. The same in every file, and none of it is about the algorithm: skip it at a first reading.
@@ -397,13 +460,13 @@ class Run(AbstractContextManager):
         self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1, max_queue=1000)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.bar = tqdm(None, args.env_id, args.total_timesteps, initial=self.global_step, unit=" steps", disable=False)
-        self.episode = np.zeros((2, args.num_envs))  # return and length so far
+        self.episode = np.zeros((2, 1))  # return and length so far, of each environment
         self.returns = []  # of the episodes that have ended
         self.save()
 
     def log_step(self, rewards, valid, ended):
         self.global_step += len(rewards)
-        self.episode += rewards, valid
+        self.episode = self.episode + [rewards, valid]
         for n in np.flatnonzero(ended):
             self.returns.append(self.episode[0, n])
             self.writer.add_scalar("charts/episodic_return", self.episode[0, n], self.global_step)

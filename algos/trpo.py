@@ -443,13 +443,13 @@ class Run(AbstractContextManager):
         self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1, max_queue=1000)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.bar = tqdm(None, args.env_id, args.total_timesteps, initial=self.global_step, unit=" steps", disable=False)
-        self.episode = np.zeros((2, args.num_envs))  # return and length so far
+        self.episode = np.zeros((2, 1))  # return and length so far, of each environment
         self.returns = []  # of the episodes that have ended
         self.save()
 
     def log_step(self, rewards, valid, ended):
         self.global_step += len(rewards)
-        self.episode += rewards, valid
+        self.episode = self.episode + [rewards, valid]
         for n in np.flatnonzero(ended):
             self.returns.append(self.episode[0, n])
             self.writer.add_scalar("charts/episodic_return", self.episode[0, n], self.global_step)

@@ -180,7 +180,7 @@ def cli(tmp_path):
 class Launched:
     """A running script, as a user has started it in a terminal; its output goes to the files stdout and stderr."""
 
-    def __init__(self, path: Path, flags: str, cwd: Path):
+    def __init__(self, path: Path | str, flags: str, cwd: Path):
         self.cwd, command = cwd, [sys.executable, path, *shlex.split(flags)]
         with open(cwd / "stdout", "w") as out, open(cwd / "stderr", "w") as err:
             self.process = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=err, process_group=0)
@@ -199,12 +199,25 @@ class Launched:
         return Result(status, (self.cwd / "stdout").read_text(), (self.cwd / "stderr").read_text(), self.cwd)
 
 
+def children(process) -> list[int]:
+    """The process ids of its workers."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if fields[0] != "Z":
+            parents[int(path.parent.name)] = int(fields[1])
+    return [child for child, parent in parents.items() if parent == process.pid]
+
+
 @pytest.fixture
 def launch():
     """A function that starts a script, Launched(...); whatever the test leaves running is killed."""
     started = []
 
-    def start(path: Path, flags: str, cwd: Path) -> Launched:
+    def start(path: Path | str, flags: str, cwd: Path) -> Launched:
         started.append(Launched(path, flags, cwd))
         return started[-1]
 

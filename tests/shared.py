@@ -11,7 +11,7 @@ BLOCKS = {
     "arguments": r"    env_id: .*?(?=^\n\n# ==== )",
     "networks": r"# ==== shared: networks\n.*?(?=^# ==== )",
     "advantages": r"def compute_gae.*?(?=^\n\ndef )",
-    "collect": r"            # 1\. Collect T steps .*?(?=^            # 2\. )",
+    "collect": r"            # 1\. Collect T steps .*?ended = [^\n]*\n",
     "plumbing": r"# ==== shared: plumbing.*\Z",
 }
 OWN_LINE = r'    env_id: str = "[^\n]*\n'  # in the arguments: each file keeps its default

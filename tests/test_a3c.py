@@ -13,26 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, only, read_checkpoint, read_events, small, train
+from conftest import ROOT, children, only, read_checkpoint, read_events, small, train
 from torch.nn.utils import parameters_to_vector
 
 from algos import a2c, a3c
 from tests.tiny_envs import Trace
 
 A3C = ROOT / "algos/a3c.py"
-
-
-def children(process) -> list[int]:
-    """The process ids of its workers."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        if fields[0] != "Z":
-            parents[int(path.parent.name)] = int(fields[1])
-    return [child for child, parent in parents.items() if parent == process.pid]
 
 
 class Counter:
