@@ -71,10 +71,12 @@ class Args:
     checkpoint_interval: int = 50_000  # environment steps between checkpoints
     resume: str = ""  # go on from this checkpoint, in its folder, with its arguments; a flag given beside it wins
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
+    init_from: str = ""  # start with the weights in this checkpoint of another run, where names and shapes agree
+    freeze: int = 0  # do not train the first layers of each network, as many as this (convolutions count)
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():
-            low = 1 if kind is int and name not in ("seed", "learning_starts", "line_search_steps") else 0
+            low = 1 if kind is int and name not in ("seed", "freeze", "learning_starts", "line_search_steps") else 0
             if kind in (int, float) and name != "log_std_init" and not low <= getattr(self, name) < np.inf:
                 fail(f"--{name.replace('_', '-')} must be at least {low} and finite")
 
@@ -222,8 +224,9 @@ def a3c_loss(log_probs, entropy, values, advantages, returns, args):
 def rmsprop_step(agent, squares, gradients, learning_rate, alpha=0.99, eps=1e-5):
     """A step on the parameters θ of `agent`; those of `squares` are g. Both may be in shared memory."""
     for theta, g, gradient in zip(agent.parameters(), squares.parameters(), gradients, strict=True):
-        g.mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
-        theta.addcdiv_(gradient, g.sqrt() + eps, value=-learning_rate)
+        if gradient is not None:  # of a frozen layer
+            g.mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
+            theta.addcdiv_(gradient, g.sqrt() + eps, value=-learning_rate)
 
 
 def train(args):
@@ -235,6 +238,7 @@ def train(args):
     torch.manual_seed(args.seed)
     envs = make_envs(args, 1)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).share_memory()
+    transfer(args, agent, agent.actor, agent.critic)
     envs.close()
     squares = copy.deepcopy(agent).share_memory()  # g, a number for each of θ
     for g in squares.parameters():
@@ -271,7 +275,7 @@ def work(worker, args, shared, squares, counters, messages, first_step):
     """A worker: play and learn until all of them have made the total timesteps. `shared` is the agent with θ."""
     torch.set_num_threads(1)
     envs = make_envs(args, args.num_envs)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+    agent = copy.deepcopy(shared)
     T, N = args.num_steps, args.num_envs
     global_step, num_updates = counters
     seed = args.seed + first_step + 10**8 * worker  # a resumed run does not play the same episodes again
@@ -361,6 +365,25 @@ def work(worker, args, shared, squares, counters, messages, first_step):
             messages.put((step, episodes, scalars))
             episodes, step_of_message = [], step
     messages.put((step - T * N, episodes, {}))
+
+
+# ==== shared: transfer learning
+def transfer(args, agent, *networks):
+    """Start with the weights of --init-from; the first layers of each network, --freeze of them, do not learn."""
+    if args.init_from and not args.resume:
+        saved, own = load_checkpoint(args.init_from)["agent"], agent.state_dict()
+        taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
+        if not taken:
+            fail(f"--init-from {args.init_from} has no weights of the names and shapes that are needed here")
+        agent.load_state_dict(taken, strict=False)
+        print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
+    encoder = getattr(agent, "encoder", nn.Identity())  # the convolutions, if there are any
+    for network in networks:
+        parameters = [*encoder.parameters(), *network.parameters()]  # a weight and a bias of each layer
+        if 2 * args.freeze >= len(parameters):
+            fail(f"--freeze must be less than the number of layers, {len(parameters) // 2}")
+        for x in parameters[: 2 * args.freeze]:
+            x.requires_grad_(False)
 
 
 # ==== shared: plumbing. The same in every file, and none of it is about the algorithm: skip it at a first reading.

@@ -71,10 +71,12 @@ class Args:
     checkpoint_interval: int = 50_000  # environment steps between checkpoints
     resume: str = ""  # go on from this checkpoint, in its folder, with its arguments; a flag given beside it wins
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
+    init_from: str = ""  # start with the weights in this checkpoint of another run, where names and shapes agree
+    freeze: int = 0  # do not train the first layers of each network, as many as this (convolutions count)
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():
-            low = 1 if kind is int and name not in ("seed", "learning_starts", "line_search_steps") else 0
+            low = 1 if kind is int and name not in ("seed", "freeze", "learning_starts", "line_search_steps") else 0
             if kind in (int, float) and name != "log_std_init" and not low <= getattr(self, name) < np.inf:
                 fail(f"--{name.replace('_', '-')} must be at least {low} and finite")
 
@@ -177,8 +179,9 @@ def train(args):
     torch.manual_seed(args.seed)
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    transfer(args, agent, agent.actor, agent.critic)
     target = copy.deepcopy(agent).requires_grad_(False)
-    actor_parameters = list(agent.actor.parameters())
+    actor_parameters = [x for x in agent.actor.parameters() if x.requires_grad]
     actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     N, A = args.num_envs, agent.num_actions
@@ -243,6 +246,25 @@ def train(args):
         run.finish(agent)
     envs.close()
     return agent
+
+
+# ==== shared: transfer learning
+def transfer(args, agent, *networks):
+    """Start with the weights of --init-from; the first layers of each network, --freeze of them, do not learn."""
+    if args.init_from and not args.resume:
+        saved, own = load_checkpoint(args.init_from)["agent"], agent.state_dict()
+        taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
+        if not taken:
+            fail(f"--init-from {args.init_from} has no weights of the names and shapes that are needed here")
+        agent.load_state_dict(taken, strict=False)
+        print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
+    encoder = getattr(agent, "encoder", nn.Identity())  # the convolutions, if there are any
+    for network in networks:
+        parameters = [*encoder.parameters(), *network.parameters()]  # a weight and a bias of each layer
+        if 2 * args.freeze >= len(parameters):
+            fail(f"--freeze must be less than the number of layers, {len(parameters) // 2}")
+        for x in parameters[: 2 * args.freeze]:
+            x.requires_grad_(False)
 
 
 # ==== shared: plumbing. The same in every file, and none of it is about the algorithm: skip it at a first reading.

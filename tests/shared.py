@@ -12,6 +12,7 @@ BLOCKS = {
     "networks": r"# ==== shared: networks\n.*?(?=^# ==== )",
     "advantages": r"def compute_gae.*?(?=^\n\ndef )",
     "collect": r"            # 1\. Collect T steps .*?ended = [^\n]*\n",
+    "transfer": r"# ==== shared: transfer.*?(?=^# ==== )",
     "plumbing": r"# ==== shared: plumbing.*\Z",
 }
 OWN_LINE = r'    env_id: str = "[^\n]*\n'  # in the arguments: each file keeps its default

@@ -278,6 +278,54 @@ def test_numbers_that_are_not_finite(algo, cli, flags, words):
     assert all(tensor.isfinite().all() for tensor in weights(read_checkpoint(result.folder)))
 
 
+# ---- transfer
+
+
+def test_transfer(algo, cli):
+    """--init-from takes what fits, also the statistics; the first layers do not learn, the others do."""
+    fresh = "--norm-obs --norm-reward" * hasattr(load(algo).Args, "norm_obs")
+    source = cli(algo, small(algo, fresh)).check().folder
+    flags = f"{fresh} --init-from {source}/checkpoint.pt --freeze 1 --seed 2"
+    result = cli(algo, small(algo, flags)).check()
+    assert re.search("^taken: .*; new: none$", result.out, re.MULTILINE)
+    before, after = read_checkpoint(source), read_checkpoint(result.folder)
+    assert after["global_step"] == STEPS
+    for name, x in before["agent"].items():
+        frozen = re.match(r"(actor|critic|q)\.0\.", name)
+        assert torch.equal(x, after["agent"][name]) == bool(frozen), name
+    if fresh:
+        assert after["agent"]["obs_stats.count"] > 1.5 * before["agent"]["obs_stats.count"]
+    cli(algo, f"--resume {result.folder}/checkpoint.pt --total-timesteps {2 * STEPS}").check()  # it stays frozen
+    resumed = read_checkpoint(result.folder)["agent"]
+    for name, x in after["agent"].items():
+        frozen = re.match(r"(actor|critic|q)\.0\.", name)
+        assert torch.equal(x, resumed[name]) == bool(frozen), name
+
+
+def test_transfer_to_other_actions(cli):
+    """The last layer of the actor is new, and the rest as it was before learning; a resumed run does not start anew."""
+    source = cli(PPO, small(PPO)).check().folder
+    flags = f"--init-from {source}/checkpoint.pt --learning-rate 0 --env-kwargs act Box"
+    result = cli(PPO, small(PPO, flags)).check()
+    assert "new: log_std, actor.2.weight, actor.2.bias" in result.out
+    before, after = read_checkpoint(source)["agent"], read_checkpoint(result.folder)["agent"]
+    assert all(torch.equal(x, after[name]) for name, x in before.items() if not name.startswith("actor.2"))
+    (source / "checkpoint.pt").unlink()
+    resumed = cli(PPO, f"--resume {result.folder}/checkpoint.pt --total-timesteps {2 * STEPS}").check()
+    assert "taken" not in resumed.out
+
+
+@pytest.mark.parametrize("stem", ["ppo", "trpo", "dqn"])
+def test_frozen_convolutions(cli, stem):
+    """They count as layers: the third is the last of them."""
+    path, flags = PPO.with_stem(stem), "--env-kwargs observe ChannelsLast --freeze 3"
+    source = cli(path, small(path, flags.replace("3", "0"))).check().folder
+    result = cli(path, small(path, f"{flags} --seed 2 --init-from {source}/checkpoint.pt")).check()
+    before, after = read_checkpoint(source)["agent"], read_checkpoint(result.folder)["agent"]
+    for name, x in before.items():
+        assert torch.equal(x, after[name]) == (x.ndim == 4 or name.startswith("encoder.0")), name
+
+
 # ---- every kind of space and environment
 
 # The networks of the policy gradients are the same text.
