@@ -153,6 +153,23 @@ class PaidResets(gym.vector.SyncVectorEnv):
 
 # ---- spaces of every kind
 
+
+class Mission(gym.Space):
+    """A space that Gymnasium does not know, as MiniGrid's of the same name."""
+
+    def sample(self, **_):
+        return "get to the goal"
+
+    def seed(self, seed=None):
+        return seed
+
+    def contains(self, x):
+        return isinstance(x, str)
+
+    def __eq__(self, other):
+        return isinstance(other, Mission)
+
+
 VECTOR = spaces.Box(-1, 1, (3,))
 MAX = np.finfo(np.float32).max
 
@@ -166,6 +183,8 @@ OBSERVATIONS = {
     "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
     "MultiBinary": spaces.MultiBinary(4),
     "Dict": spaces.Dict({"b": spaces.Discrete(3), "a": spaces.Dict({"c": VECTOR})}),
+    "DictOfImage": spaces.Dict({"image": spaces.Box(0, 255, (60, 60, 3), np.uint8)}),
+    "DictWithText": spaces.Dict({"text": spaces.Text(9), "vector": VECTOR, "mission": Mission()}),
     "Tuple": spaces.Tuple((VECTOR, spaces.Discrete(3), spaces.Box(0, 255, (2, 2), np.uint8))),
     "ChannelsFirst": spaces.Box(0, 255, (3, 36, 40), np.uint8),
     "ChannelsLast": spaces.Box(0, 255, (40, 36, 1), np.uint8),
@@ -176,7 +195,7 @@ OBSERVATIONS = {
 UNFIT_OBSERVATIONS = {
     "Sequence": spaces.Sequence(VECTOR),
     "Graph": spaces.Graph(VECTOR, None),
-    "DictOfSequence": spaces.Dict({"a": VECTOR, "b": spaces.Sequence(VECTOR)}),
+    "DictOfSequence": spaces.Dict({"a": spaces.Dict({"b": spaces.Sequence(VECTOR)})}),
     "Opaque": gym.Space((), np.float32),  # a space of one's own, which Gymnasium cannot flatten
 }
 ACTIONS = {
