@@ -49,6 +49,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment reinforce CartPole-v1 400000 --exp-name reinforce-reward-to-go --weight reward-to-go
   experiment reinforce CartPole-v1 400000 --exp-name reinforce-total-return --weight total-return
   experiment a2c  CartPole-v1 200000
+  experiment a3c  CartPole-v1 200000 --num-workers 2
   experiment ppo  CartPole-v1 60000
   experiment trpo CartPole-v1 100000
   experiment dqn  CartPole-v1 100000
@@ -60,8 +61,10 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment trpo Acrobot-v1 100000 --num-envs 2 --num-steps 1024 --target-kl 0.02 --norm-obs
   experiment dqn  Acrobot-v1 100000
 
-  experiment a2c  Pendulum-v1 1000000 --num-steps 32 --gamma 0.95 --gae-lambda 0.95 --norm-obs \
+  experiment a2c  Pendulum-v1 1000000 --num-envs 32 --num-steps 8 --gamma 0.95 --gae-lambda 0.95 --norm-obs \
     --norm-reward
+  experiment a3c  Pendulum-v1 1000000 --num-workers 2 --num-envs 16 --num-steps 8 --gamma 0.95 --gae-lambda 0.95 \
+    --norm-obs --norm-reward
   experiment ppo  Pendulum-v1 100000 --num-envs 8 --num-steps 128 --num-minibatches 16 --learning-rate 1e-3 \
     --gamma 0.95 --gae-lambda 0.95 --norm-reward
   experiment trpo Pendulum-v1 100000 --num-envs 2 --num-steps 1024 --gamma 0.95 --critic-updates 15
@@ -70,6 +73,8 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   seeds=$few
   experiment reinforce LunarLander-v3 1500000 --norm-weight --norm-obs --norm-reward
   experiment a2c  LunarLander-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs --norm-reward
+  experiment a3c  LunarLander-v3 1500000 --num-workers 2 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs \
+    --norm-reward
   experiment a2c  LunarLander-v3 200000 --exp-name a2c-200k --num-envs 8 --learning-rate 8.3e-4 --gamma 0.995
   experiment ppo  LunarLander-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 \
     --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01

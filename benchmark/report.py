@@ -47,7 +47,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 WINDOWS = 50  # points of a learning curve
 
-ALGORITHMS = ("reinforce", "a2c", "ppo", "trpo", "dqn", "ddpg")
+ALGORITHMS = ("reinforce", "a2c", "a3c", "ppo", "trpo", "dqn", "ddpg")
 WEIGHTS = {  # --weight of REINFORCE: the name of its runs
     "baseline": "reinforce",
     "reward-to-go": "reinforce-reward-to-go",
@@ -56,6 +56,7 @@ WEIGHTS = {  # --weight of REINFORCE: the name of its runs
 COLOURS = {  # tell apart for the colour-blind, too: M. Okabe, K. Ito: Color Universal Design, 2008
     "reinforce": "#E69F00",
     "a2c": "#56B4E9",
+    "a3c": "#000000",
     "ppo": "#D55E00",
     "trpo": "#009E73",
     "dqn": "#0072B2",

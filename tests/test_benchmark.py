@@ -64,7 +64,8 @@ def test_list(run):
         _, script, *flags = command.split()
         Args = load(ROOT / script).Args
         args = tyro.cli(Args, args=flags)  # refuses unknown flags
-        special = set(re.findall(r"--(?:no-)?([a-z-]+)", command)) - {"env-id", "total-timesteps", "seed", "device"}
+        special = set(re.findall(r"--(?:no-)?([a-z-]+)", command))
+        special -= {"env-id", "total-timesteps", "seed", "device", "num-workers"}  # (that is the number of cores)
         for name in special:
             assert vars(args)[name.replace("-", "_")] != vars(Args())[name.replace("-", "_")], command
         experiments.add((args.env_id, args.exp_name, args.seed))
@@ -209,7 +210,7 @@ def test_bold_is_what_is_at_or_above_like_for_like(mean, training, steps, publis
 def test_published_figures():
     figures = report.PUBLISHED
     assert set(figures.metric) == {"final deterministic", "training return", "maximum over training"}
-    assert set(figures.algorithm) == set(report.ALGORITHMS)
+    assert set(figures.algorithm) == set(report.ALGORITHMS) - {"a3c"}  # nobody has published it for these
     assert not figures.drop(columns=["std", "steps"]).isna().any(axis=None)
     assert not figures.duplicated().any()
 
@@ -241,9 +242,10 @@ def test_report_keeps_what_it_has_no_runs_of(tmp_path):
     assert curves.columns.tolist() == ["environment", "algorithm", "steps", "seconds", "mean", "std"]
     assert curves[curves.algorithm == "a2c"]["mean"].tolist() == [500] * 50  # the new curve alone
     lines = (tmp_path / "README.md").read_text().splitlines()
-    assert lines[:3] == ["before", "<!-- results -->", "|  | reinforce | a2c | ppo | trpo | dqn | ddpg |"]
+    assert lines[:3] == ["before", "<!-- results -->", "|  | reinforce | a2c | a3c | ppo | trpo | dqn | ddpg |"]
     cells = (
-        "500 (600 x 1)<br>483 (200k x 4, training) | 400 (600 x 1)<br>500 (500k x 1) |  | **500 ± 0** (600 x 2)<br>500"
+        "500 (600 x 1)<br>483 (200k x 4, training) | 400 (600 x 1)<br>500 (500k x 1) |  |  "
+        "| **500 ± 0** (600 x 2)<br>500"
     )
     assert f"| CartPole-v1 | {cells} (100k x 1) |  |  |" in lines
     assert lines[-2:] == ["<!-- results -->", "after"]
