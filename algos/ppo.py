@@ -134,7 +134,8 @@ class Agent(nn.Module):
         super().__init__()
         self.obs_space, self.action_space = obs_space, action_space
         self.is_image = len(obs_space.shape) == 3
-        self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.is_multi = isinstance(action_space, gym.spaces.MultiDiscrete | gym.spaces.MultiBinary)
+        self.is_discrete = self.is_multi or isinstance(action_space, gym.spaces.Discrete)
         self.obs_stats = RunningMeanStd(*obs_space.shape) if args.norm_obs else None
         self.return_stats = RunningMeanStd() if args.norm_reward else None
         if isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
@@ -142,12 +143,15 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
+        elif self.is_multi:  # k actions at once, of up to n values; a value that one does not have gets a logit of -1e8
+            nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
+            self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
-            fail(f"{Path(__file__).name} takes Discrete or float Box actions; no file takes {action_space}")
+            fail(f"{Path(__file__).name} takes discrete or float Box actions; no file takes {action_space}")
         shape = self.preprocess(obs_space.low).shape
         self.encoder = nature_cnn(*shape) if self.is_image else nn.Identity()
         num_features, hidden_sizes = (512, ()) if self.is_image else (shape[0], args.hidden_sizes)
-        num_outputs = gym.spaces.flatdim(action_space)  # an action each, or an axis
+        num_outputs = self.missing.numel() if self.is_multi else gym.spaces.flatdim(action_space)
         self.actor = mlp(num_features, hidden_sizes, num_outputs, 0.01)  # at first nearly uniform, or of mean 0
         self.critic = nn.Sequential(*mlp(num_features, hidden_sizes, 1, 1.0), nn.Flatten(0))  # (B,), not (B, 1)
 
@@ -163,6 +167,9 @@ class Agent(nn.Module):
     def policy(self, features):
         """π(·|s) as a torch distribution, of features = encoder(x)."""
         output = self.actor(features)
+        if self.is_multi:
+            logits = output.unflatten(-1, self.missing.shape) + self.missing
+            return Independent(Categorical(logits=logits, validate_args=False), 1, validate_args=False)
         if self.is_discrete:
             return Categorical(logits=output, validate_args=False)
         return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
@@ -180,6 +187,8 @@ class Agent(nn.Module):
             for weight, bias in layers[:-1]:
                 x = np.tanh(x @ weight + bias)
             output = x @ layers[-1][0] + layers[-1][1]
+            if self.is_multi:
+                output = output.reshape(-1, *self.missing.shape) + self.missing.numpy(force=True)
             if rng is not None and self.is_discrete:
                 output = output + rng.gumbel(size=output.shape)  # the argmax is then a sample of the softmax
             elif rng is not None:
@@ -192,7 +201,7 @@ class Agent(nn.Module):
         """Actions as the environment takes them: scaled from [-1, 1] to the bounds of each axis, and clipped."""
         space = self.action_space
         if self.is_discrete:
-            return (actions + space.start).astype(space.dtype, copy=False)
+            return (actions.reshape(-1, *space.shape) + getattr(space, "start", 0)).astype(space.dtype, copy=False)
         actions = self.centre + self.half_range * actions.reshape(-1, *space.shape)
         return actions.clip(space.low, space.high).astype(space.dtype, copy=False)
 

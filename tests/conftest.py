@@ -64,8 +64,8 @@ def load(path: Path):
 
 
 def takes(path: Path, kind: str) -> bool:
-    """Whether the file takes actions of this kind, "Discrete" or "Box"."""
-    return kind in ACTIONS.get(path.stem, {"Discrete", "Box"})
+    """Whether the file takes actions of this kind: "Discrete", "Box", "MultiDiscrete" or "MultiBinary"."""
+    return kind in ACTIONS.get(path.stem, {"Discrete", "Box", "MultiDiscrete", "MultiBinary"})
 
 
 def small(path: Path, flags: str = "") -> str:

@@ -15,10 +15,8 @@ from tests.shared import BLOCKS, find_block, with_blocks
 from tests.tiny_envs import UNFIT_ACTIONS, UNFIT_OBSERVATIONS
 
 PACKAGES = {"torch", "numpy", "gymnasium", "tyro", "tqdm"}
-MAX_LINES = {"ppo": 480, "a2c": 450, "reinforce": 450, "a3c": 525, "trpo": 520, "dqn": 460, "ddpg": 410}
-TRANSFER_LINES = 22  # on top of that, in each
-TORCHRUN_LINES = 60  # … and in ppo.py
-MAX_PLUMBING_LINES = 160
+MAX_LINES = {"ppo": 575, "a2c": 485, "reinforce": 490, "a3c": 565, "trpo": 555, "dqn": 490, "ddpg": 435}
+MAX_PLUMBING_LINES = 165
 TRAIN_BEGINS = {"trpo": 300}  # before this line, or the one below
 TRAIN_BEGINS_ELSEWHERE = 250
 HAVE = {  # the files that have a block which is not in all of them
@@ -68,8 +66,7 @@ def test_stands_alone(algo):
 
 def test_length(algo):
     source = algo.read_text()
-    extra = TRANSFER_LINES + (TORCHRUN_LINES if algo == PPO else 0)
-    assert source.count("\n") <= MAX_LINES[algo.stem] + extra
+    assert source.count("\n") <= MAX_LINES[algo.stem]
     assert find_block("plumbing", source).count("\n") <= MAX_PLUMBING_LINES
     train = source[: source.index("\ndef train(")].count("\n") + 2
     assert train < TRAIN_BEGINS.get(algo.stem, TRAIN_BEGINS_ELSEWHERE)
@@ -195,7 +192,7 @@ def test_bad_input(cli, files, flags, word):
     assert not (files / "payload").exists()
 
 
-@pytest.mark.parametrize("name", [*UNFIT_ACTIONS, "Discrete", "Box"])
+@pytest.mark.parametrize("name", [*UNFIT_ACTIONS, "Discrete", "Box", "MultiDiscrete"])
 def test_unfit_actions(algo, cli, name):
     """The message names what the file takes, what it got, and the file to use instead where there is one."""
     if takes(algo, name):

@@ -16,7 +16,7 @@ import torch
 from conftest import EVAL_LINE, PPO, ROOT, STEPS, load, only, read_checkpoint, read_events, small, takes, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.tiny_envs import ACTIONS, OBSERVATIONS, Odd
+from tests.tiny_envs import ACTIONS, MULTI_ACTIONS, OBSERVATIONS, Odd
 
 EPISODES_OF_3 = "--env-kwargs reward step length 3"  # the rewards are 1, 2 and 3
 
@@ -371,6 +371,19 @@ def test_actions(cli, path, name):
     elif name != "Widest":
         low, high = np.maximum(space.low, -1e6, dtype=float), np.minimum(space.high, 1e6, dtype=float)
         assert (np.ptp(seen, axis=0) >= np.minimum((high - low) / 2, 0.9)).all()
+
+
+@pytest.mark.parametrize("name", MULTI_ACTIONS)
+@pytest.mark.parametrize("stem", ["ppo", "trpo"])
+def test_several_actions_at_once(cli, stem, name):
+    """All their values are tried, and no other."""
+    path, space = PPO.with_stem(stem), MULTI_ACTIONS[name]
+    Odd.seen_actions.clear()
+    cli(path, small(path, f"--env-kwargs act {name}")).check()
+    seen = np.reshape(Odd.seen_actions, (len(Odd.seen_actions), -1))
+    start = np.ravel(getattr(space, "start", np.zeros(space.shape, int)))
+    nvec = np.ravel(getattr(space, "nvec", np.full(space.shape, 2)))
+    assert [{*column} for column in seen.T] == [{*range(a, a + n)} for a, n in zip(start, nvec, strict=True)]
 
 
 @pytest.mark.parametrize(

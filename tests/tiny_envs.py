@@ -62,6 +62,22 @@ class Alive(Choice):
         return 1, action != self.k
 
 
+class Copy(Choice):
+    """One step: each of three actions with 2, 3 and 4 values should be the k that is observed; the share that is."""
+
+    observation_space = spaces.Discrete(2)
+    action_space = spaces.MultiDiscrete([2, 3, 4])
+
+    def play(self, action):
+        return np.mean(action == self.k), True
+
+
+class CopyBits(Copy):
+    """The same with three bits."""
+
+    action_space = spaces.MultiBinary(3)
+
+
 class Target(Choice):
     """One step: minus the squared distance to the target, or to its mirror image.
 
@@ -212,9 +228,13 @@ ACTIONS = {
     "HalfBounded": spaces.Box(np.array([0, -np.inf], np.float32), np.array([np.inf, 0], np.float32)),
     "Widest": spaces.Box(-MAX, MAX, (2,)),
 }
+MULTI_ACTIONS = {  # for the policy gradients
+    "MultiDiscrete": spaces.MultiDiscrete([2, 4, 3]),
+    "MatrixOfDiscretes": spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[0, 5], [-2, 1]]),
+    "MultiBinary": spaces.MultiBinary(3),
+    "MatrixOfBits": spaces.MultiBinary([2, 2]),
+}
 UNFIT_ACTIONS = {
-    "MultiDiscrete": spaces.MultiDiscrete([2, 2]),
-    "MultiBinary": spaces.MultiBinary(2),
     "IntBox": spaces.Box(0, 3, (2,), np.int64),
     "Dict": spaces.Dict({"a": VECTOR}),
 }
@@ -234,7 +254,7 @@ class Odd(gym.Env):
         if broken:
             raise RuntimeError("no licence for the simulator")
         self.observation_space = copy.deepcopy((OBSERVATIONS | UNFIT_OBSERVATIONS)[observe])
-        self.action_space = copy.deepcopy((ACTIONS | UNFIT_ACTIONS)[act])
+        self.action_space = copy.deepcopy((ACTIONS | MULTI_ACTIONS | UNFIT_ACTIONS)[act])
         self.reward, self.length, self.growth, self.flaw, self.episodes = reward, length, growth, flaw, 0
 
     def reset(self, *, seed=None, options=None):
@@ -270,6 +290,8 @@ ENVS = {
     "Bandit-v0": dict(entry_point=Bandit),
     "Alive-v0": dict(entry_point=Alive, max_episode_steps=10),
     "Target-v0": dict(entry_point=Target),
+    "Copy-v0": dict(entry_point=Copy),
+    "CopyBits-v0": dict(entry_point=CopyBits),
     "Trace-v0": dict(entry_point=Trace),
     "PaidResets-v0": dict(entry_point=Trace, vector_entry_point=PaidResets),
     "Odd-v0": dict(entry_point=Odd),
