@@ -116,6 +116,15 @@ def test_from_a_notebook(tmp_path):
     assert before == state()
 
 
+@pytest.mark.parametrize("name", ["Vector", "ChannelsLast", "Dict", "Discrete"])
+def test_the_snippet_of_the_readme(name, cli, monkeypatch):
+    """Loads a checkpoint and acts with it, whatever is observed."""
+    monkeypatch.chdir(cli(PPO, small(PPO, f"--env-kwargs observe {name}")).check().folder)
+    names = {}
+    exec((ROOT / "README.md").read_text().split("<!-- snippet -->")[1].strip("\n`python"), names)
+    assert names["rewards"].shape == (1,)
+
+
 def test_interrupt_in_a_notebook(monkeypatch, tmp_path, capsys):
     """The KeyboardInterrupt goes on, but first the agent is saved."""
     step_of_odd = Odd.step
