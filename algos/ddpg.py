@@ -71,7 +71,7 @@ class Args:
     checkpoint_interval: int = 50_000  # environment steps between checkpoints
     resume: str = ""  # go on from this checkpoint, in its folder, with its arguments; a flag given beside it wins
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
-    init_from: str = ""  # start with the weights in this checkpoint of another run, where names and shapes agree
+    init_from: str = ""  # start with the weights in this checkpoint, of this file, where names and shapes agree
     freeze: int = 0  # do not train the first layers of each network, as many as this (convolutions count)
 
     def __post_init__(self):
@@ -250,11 +250,13 @@ def train(args):
 
 # ==== shared: transfer learning
 def transfer(args, agent, *networks):
-    """Start with the weights of --init-from; the first layers of each network, --freeze of them, do not learn."""
+    """Start with the weights of --init-from; keep the first layers of each network, --freeze of them, from learning."""
     if args.init_from and not args.resume:
-        saved, own = load_checkpoint(args.init_from)["agent"], agent.state_dict()
+        saved, own = load_checkpoint(args.init_from).get("agent", {}), agent.state_dict()
         taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
-        if not taken:
+        if "obs_stats.mean" not in taken:  # of another shape: then its count would be wrong here
+            taken.pop("obs_stats.count", None)
+        if not any(name in taken for name, _ in agent.named_parameters()):
             fail(f"--init-from {args.init_from} has no weights of the names and shapes that are needed here")
         agent.load_state_dict(taken, strict=False)
         print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
@@ -360,7 +362,7 @@ class Run(AbstractContextManager):
         self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1, max_queue=1000)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.bar = tqdm(None, args.env_id, args.total_timesteps, initial=self.global_step, unit=" steps", disable=False)
-        self.episode = np.zeros((2, 1))  # return and length so far, of each environment
+        self.episode = np.zeros((2, 1))  # return and length so far; (2, N) from the first step on
         self.returns = []  # of the episodes that have ended
         self.save()
 

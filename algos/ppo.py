@@ -72,7 +72,7 @@ class Args:
     checkpoint_interval: int = 50_000  # environment steps between checkpoints
     resume: str = ""  # go on from this checkpoint, in its folder, with its arguments; a flag given beside it wins
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
-    init_from: str = ""  # start with the weights in this checkpoint of another run, where names and shapes agree
+    init_from: str = ""  # start with the weights in this checkpoint, of this file, where names and shapes agree
     freeze: int = 0  # do not train the first layers of each network, as many as this (convolutions count)
 
     def __post_init__(self):
@@ -238,17 +238,18 @@ def ppo_loss(agent, x, actions, old_log_probs, advantages, returns, args):
 
 def train(args):
     """Train an agent, evaluate it and return it. Under torchrun, W processes do so together."""
-    rank, W, signals = join_torchrun()
+    envs = make_envs(args, args.num_envs)
+    rank, W, stops = join_torchrun()
     device = select_device(args.device)
     torch.manual_seed(args.seed)  # the same first weights in all processes
-    envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     transfer(args, agent, agent.actor, agent.critic)
     parameters = [x for x in agent.parameters() if x.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     T, N = args.num_steps, args.num_envs
     if args.total_timesteps < T * N * W or args.num_minibatches > T // 2 * N:  # every second step may only reset
-        fail("--num-envs times --num-steps must be at most --total-timesteps, half of it at least --num-minibatches")
+        times = "times --num-steps" if W == 1 else f"times --num-steps times {W} processes"
+        fail(f"--num-envs {times} must be at most --total-timesteps, half of it at least --num-minibatches")
 
     with (Follower if rank else Run)(args, agent=agent, optimizer=optimizer) as run:
         seed = args.seed + run.global_step + rank * N  # a resumed run does not play the same episodes again
@@ -327,26 +328,27 @@ def train(args):
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
             }
             run.log_update(scalars, observations=obs, rewards=rewards)
-            if any(gather(signals)):
+            if any(gather(stops)):
                 raise KeyboardInterrupt
         run.finish(agent)
     envs.close()
     return agent
 
 
-# ==== torchrun: data-parallel PPO. Each process has environments of its own; their gradients are averaged, so that all
-# take the same steps. Started without torchrun there is one process, and these functions do nothing.
+# ==== torchrun: data-parallel PPO. Each process has its own --num-envs environments and --num-minibatches minibatches;
+# their gradients are averaged, so that all take the same steps. Without torchrun these functions do nothing.
 def join_torchrun():
-    """The rank of this process, their number, and the signals that it will have got: they stop after an update."""
-    rank, num_processes, signals = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), []
-    if num_processes > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group()
-        atexit.register(distributed.destroy_process_group)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: signals.append(number))
-    return rank, num_processes, signals
+    """The rank of this process, their number, and a list for its signals, any of which stops all after an update."""
+    stops = []
+    if not distributed.is_torchelastic_launched():
+        return 0, 1, stops
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group()
+    atexit.register(distributed.destroy_process_group)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stops.append(number))
+    return distributed.get_rank(), distributed.get_world_size(), stops
 
 
 def gather(array, axis=0):
@@ -361,10 +363,10 @@ def gather(array, axis=0):
 def average_gradients(parameters):
     """Over all processes, in one message."""
     if distributed.is_initialized():
-        gradient = torch.cat([x.grad.flatten() for x in parameters]) / distributed.get_world_size()
-        distributed.all_reduce(gradient)
-        for x, mean in zip(parameters, gradient.split([x.numel() for x in parameters]), strict=True):
-            x.grad.copy_(mean.view_as(x))
+        gradients = [x.grad for x in parameters]
+        mean = nn.utils.parameters_to_vector(gradients) / distributed.get_world_size()
+        distributed.all_reduce(mean)
+        nn.utils.vector_to_parameters(mean, gradients)
 
 
 class Follower(AbstractContextManager):
@@ -376,10 +378,7 @@ class Follower(AbstractContextManager):
     def log_step(self, rewards, *_):
         self.global_step += len(rewards)
 
-    def ignore(self, *_, **__):
-        pass
-
-    log_update = finish = ignore
+    log_update = finish = lambda *_, **__: None
 
     def __exit__(self, error_type, *_):
         if error_type is KeyboardInterrupt:
@@ -388,11 +387,13 @@ class Follower(AbstractContextManager):
 
 # ==== shared: transfer learning
 def transfer(args, agent, *networks):
-    """Start with the weights of --init-from; the first layers of each network, --freeze of them, do not learn."""
+    """Start with the weights of --init-from; keep the first layers of each network, --freeze of them, from learning."""
     if args.init_from and not args.resume:
-        saved, own = load_checkpoint(args.init_from)["agent"], agent.state_dict()
+        saved, own = load_checkpoint(args.init_from).get("agent", {}), agent.state_dict()
         taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
-        if not taken:
+        if "obs_stats.mean" not in taken:  # of another shape: then its count would be wrong here
+            taken.pop("obs_stats.count", None)
+        if not any(name in taken for name, _ in agent.named_parameters()):
             fail(f"--init-from {args.init_from} has no weights of the names and shapes that are needed here")
         agent.load_state_dict(taken, strict=False)
         print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
@@ -498,7 +499,7 @@ class Run(AbstractContextManager):
         self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1, max_queue=1000)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.bar = tqdm(None, args.env_id, args.total_timesteps, initial=self.global_step, unit=" steps", disable=False)
-        self.episode = np.zeros((2, 1))  # return and length so far, of each environment
+        self.episode = np.zeros((2, 1))  # return and length so far; (2, N) from the first step on
         self.returns = []  # of the episodes that have ended
         self.save()
 

@@ -302,6 +302,7 @@ def test_transfer(algo, cli):
     for name, x in before["agent"].items():
         frozen = re.match(r"(actor|critic|q)\.0\.", name)
         assert torch.equal(x, after["agent"][name]) == bool(frozen), name
+        assert torch.equal(x, after.get("target", after["agent"])[name]) == bool(frozen), name
     if fresh:
         assert after["agent"]["obs_stats.count"] > 1.5 * before["agent"]["obs_stats.count"]
     cli(algo, f"--resume {result.folder}/checkpoint.pt --total-timesteps {2 * STEPS}").check()  # it stays frozen
@@ -322,6 +323,16 @@ def test_transfer_to_other_actions(cli):
     (source / "checkpoint.pt").unlink()
     resumed = cli(PPO, f"--resume {result.folder}/checkpoint.pt --total-timesteps {2 * STEPS}").check()
     assert "taken" not in resumed.out
+
+
+def test_transfer_to_other_observations(cli):
+    """Statistics of another shape are not taken, and not their count either; without a weight it is no transfer."""
+    source = cli(PPO, small(PPO, "--norm-obs")).check().folder
+    flags = f"--norm-obs --init-from {source}/checkpoint.pt --env-kwargs observe Int act Box"
+    result = cli(PPO, small(PPO, flags.replace("Int", "Matrix"))).check()
+    assert "new: log_std, obs_stats.mean, obs_stats.var, obs_stats.count, actor.0.weight" in result.out
+    refused = cli(PPO, small(PPO, f"{flags} --hidden-sizes 9 9"))
+    assert (refused.status, "no weights" in refused.err) == (2, True)
 
 
 @pytest.mark.parametrize("stem", ["ppo", "trpo", "dqn"])

@@ -43,18 +43,27 @@ def make_batch():
 def process(rank, folder, port):
     """One of torchrun's: it trains, then computes a gradient, and saves what it saw."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_PROCESSES), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    batches, loss = [], ppo.ppo_loss
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    batches, gradients, loss, clip = [], [], ppo.ppo_loss, torch.nn.utils.clip_grad_norm_
 
     def spy(agent, x, actions, old_log_probs, advantages, returns, args):
         batches.append((parameters_to_vector(agent.parameters()).detach().clone(), advantages))
         return loss(agent, x, actions, old_log_probs, advantages, returns, args)
 
-    ppo.ppo_loss = spy
+    def spy_on_clipping(parameters, max_norm):
+        gradients.append(parameters_to_vector([x.grad for x in parameters]).clone())
+        return clip(parameters, max_norm)
+
+    ppo.ppo_loss, torch.nn.utils.clip_grad_norm_ = spy, spy_on_clipping
     agent = conftest.train(ppo, "Trace", folder / "runs", **ARGS)
     ppo.ppo_loss = loss
     half = [x[6 * rank : 6 * rank + 6] for x in make_batch()]
-    saved = {"agent": agent.state_dict(), "batches": batches, "gradient": gradient_of_ppo(agent, half)}
+    saved = {
+        "agent": agent.state_dict(),
+        "batches": batches,
+        "clipped": gradients,
+        "gradient": gradient_of_ppo(agent, half),
+    }
     torch.save(saved | {"log": [tuple(step) for step in Trace.training()]}, folder / f"{rank}.pt")
 
 
@@ -64,7 +73,11 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    torch.multiprocessing.spawn(process, (folder, port), NUM_PROCESSES)
+    processes = torch.multiprocessing.spawn(process, (folder, port), NUM_PROCESSES, join=False)
+    finished = any(processes.join(timeout=60) for _ in range(NUM_PROCESSES))
+    for left in processes.processes:
+        left.kill()
+    assert finished, "they wait for each other"
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(NUM_PROCESSES)]
 
 
@@ -72,6 +85,8 @@ def test_parameters_and_statistics_are_equal_after_every_step(runs):
     _, (first, second) = runs
     assert len(first["batches"]) == len(second["batches"])
     assert len(first["batches"]) < 5 * 3 * 2, "target_kl ended no update early"
+    for gradient, other_gradient in zip(first["clipped"], second["clipped"], strict=True):
+        assert torch.equal(gradient, other_gradient), "clipped before they were averaged"
     for (theta, _), (other_theta, _) in zip(first["batches"], second["batches"], strict=True):
         assert torch.equal(theta, other_theta)
     for name, x in first["agent"].items():
@@ -121,21 +136,22 @@ def test_one_folder_with_the_episodes_of_all_processes(runs):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("stop", ["SIGTERM", "kill a process"])
-def test_all_stop_together(stop, launch, cli, tmp_path):
+@pytest.mark.parametrize("stop", ["SIGTERM", "SIGTERM to one process", "kill a process"])
+def test_all_stop_together(stop, launch, tmp_path):
     """With one checkpoint, after a signal one command that resumes, and no process left behind."""
+    torchrun = f"torch.distributed.run --nproc-per-node {NUM_PROCESSES} {PPO}"
     flags = small(PPO, "--env-id CartPole-v1 --total-timesteps 10000000 --checkpoint-interval 64")
-    script = launch("-m", f"torch.distributed.run --nproc-per-node {NUM_PROCESSES} {PPO} {flags}", tmp_path)
+    script = launch("-m", f"{torchrun} {flags}", tmp_path)
     script.wait_for("return")
     processes = children(script.process)
     if stop == "SIGTERM":
         result = script.stop(signal.SIGTERM)
+        assert result.err.count("Traceback") == 1  # torchrun's own
     else:
-        os.kill(processes[-1], signal.SIGKILL)
+        os.kill(processes[-1], signal.SIGKILL if stop == "kill a process" else signal.SIGTERM)
         result = script.stop()
     assert result.status != 0
-    assert len(re.findall("resume with: .*checkpoint.pt", result.out)) == (stop == "SIGTERM")
-    assert result.err.count("Traceback") == 1 or stop != "SIGTERM"  # torchrun's own
+    assert len(re.findall("resume with: .*checkpoint.pt", result.out)) == (stop != "kill a process")
     for _ in range(100):
         alive = [number for number in processes if Path(f"/proc/{number}").exists()]
         time.sleep(0.1 * bool(alive))
@@ -143,4 +159,7 @@ def test_all_stop_together(stop, launch, cli, tmp_path):
     assert not alive
     step = read_checkpoint(result.folder)["global_step"]
     assert step % (NUM_PROCESSES * 16) == 0
-    cli(PPO, f"--resume {result.folder}/checkpoint.pt --total-timesteps {step + 160}", tmp_path).check()
+    if stop == "SIGTERM":
+        flags = f"--resume {result.folder}/checkpoint.pt --total-timesteps {step + 160}"
+        launch("-m", f"{torchrun} {flags}", tmp_path).stop().check()
+        assert read_checkpoint(result.folder)["global_step"] == step + 160
