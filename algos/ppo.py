@@ -271,7 +271,7 @@ def train(args):
                 rewards[t] *= valid[t]
                 ended = terminated[t] | truncated[t]
             steps = np.stack([rewards, valid, terminated | truncated], axis=1)
-            for step in gather(steps, axis=2):
+            for step in gather(steps, axis=2):  # under torchrun those of all processes, as wherever gather stands
                 run.log_step(*step)
 
             # 2. log π_old(a_t|s_t) and V(s_t) in one batch; from V the advantages Â_t and returns R̂_t.
