@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 CARTPOLE = "--env-id CartPole-v1 --total-timesteps 200000"
 PPO = "algos/ppo.py --num-minibatches 32 --learning-rate 3e-4 --env-id HalfCheetah-v5 --total-timesteps 40960"
+PONG = "algos/ppo.py --env-id ALE/Pong-v5 --num-steps 128 --update-epochs 4 --total-timesteps 4096"
 TORCHRUN = "torchrun --nproc-per-node 2"
 GROUPS = [  # commands by name; the first is what the others are compared with
     {
@@ -35,8 +36,8 @@ GROUPS = [  # commands by name; the first is what the others are compared with
         "2 processes x 1": f"{TORCHRUN} {PPO} --num-envs 1 --num-steps 1024",
     },
     {
-        "the same, 512-512": f"python {PPO} --num-envs 2 --num-steps 1024 --hidden-sizes 512 512",
-        "2 processes x 1": f"{TORCHRUN} {PPO} --num-envs 1 --num-steps 1024 --hidden-sizes 512 512",
+        "ppo, Pong, 8 environments": f"python {PONG} --num-envs 8",
+        "2 processes x 4": f"{TORCHRUN} {PONG} --num-envs 4",
     },
 ]
 
@@ -67,9 +68,10 @@ def main(repetitions: int) -> None:
         base, *_ = (np.array(values)[:, 0] for values in measured.values())
         for name, values in measured.items():
             speed, staleness = np.array(values).T
-            ratio = speed / base
-            about = f"**{np.median(ratio):.2f}** ({ratio.min():.2f} to {ratio.max():.2f})" if speed is not base else "1"
-            mean = staleness.mean()
+            ratio, mean = speed / base, staleness.mean()
+            about = f"**{np.median(ratio):.2f}** ({ratio.min():.2f} to {ratio.max():.2f})"
+            if (speed == base).all():
+                about = "1"
             rows.append([name, f"{np.median(speed):,.0f}", about, "" if np.isnan(mean) else f"{mean:.2f}"])
     print(markdown_rows(rows))
 
