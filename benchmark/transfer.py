@@ -30,7 +30,7 @@ WIND = "--env-kwargs enable_wind True --total-timesteps 300000"
 VARIANTS = {  # flags; the colour of the curve
     "from scratch": ("", "#0072B2"),
     "from the calm run": ("--init-from {calm}/checkpoint.pt", "#009E73"),
-    "… last layers only": ("--init-from {calm}/checkpoint.pt --freeze 2", "#E69F00"),
+    "only the last layers": ("--init-from {calm}/checkpoint.pt --freeze 2", "#E69F00"),
 }
 
 
