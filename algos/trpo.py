@@ -117,7 +117,7 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("count", torch.tensor(0.0))
+        self.register_buffer("count", torch.zeros(shape))
 
     def update(self, rows):
         rows = torch.as_tensor(rows, dtype=torch.float32, device=self.mean.device)
@@ -187,14 +187,14 @@ class Agent(nn.Module):
                     x = self.encoder(torch.as_tensor(x, device=self.actor[0].weight.device)).numpy(force=True)
             for weight, bias in layers[:-1]:
                 x = np.tanh(x @ weight + bias)
-            output = x @ layers[-1][0] + layers[-1][1]
+            x = x @ layers[-1][0] + layers[-1][1]
             if self.is_multi:
-                output = output.reshape(-1, *self.missing.shape) + self.missing.numpy(force=True)
-            if rng is not None and self.is_discrete:
-                output = output + rng.gumbel(size=output.shape)  # the argmax is then a sample of the softmax
-            elif rng is not None:
-                output = output + std * rng.standard_normal(output.shape, np.float32)
-            return output.argmax(-1) if self.is_discrete else output
+                x = x.reshape(-1, *self.missing.shape) + self.missing.numpy(force=True)
+            if rng is None:
+                return x.argmax(-1) if self.is_discrete else x
+            if self.is_discrete:
+                return (x + rng.gumbel(size=x.shape)).argmax(-1)  # a sample of the softmax
+            return x + std * rng.standard_normal(x.shape, np.float32)
 
         return act
 
@@ -371,13 +371,11 @@ def train(args):
 
 # ==== shared: transfer learning
 def transfer(args, agent, *networks):
-    """Start with the weights of --init-from; keep the first layers of each network, --freeze of them, from learning."""
+    """Start with the weights of --init-from that fit; the first --freeze layers of each network do not learn."""
     if args.init_from and not args.resume:
         saved, own = load_checkpoint(args.init_from).get("agent", {}), agent.state_dict()
         taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
-        if "obs_stats.mean" not in taken:  # of another shape: then its count would be wrong here
-            taken.pop("obs_stats.count", None)
-        if not any(name in taken for name, _ in agent.named_parameters()):
+        if not any(name.endswith("weight") for name in taken):
             fail(f"--init-from {args.init_from} has no weights of the names and shapes that are needed here")
         agent.load_state_dict(taken, strict=False)
         print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
@@ -440,18 +438,18 @@ def make_envs(args, num_envs, eval_folder=None):
 def evaluate(agent, args, folder):
     """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
     envs = make_envs(args, 1, eval_folder=folder)
-    act, returns = agent.numpy_policy(), []
-    for episode in tqdm(range(args.eval_episodes), desc="evaluation (up to 27,000 steps each)"):
-        obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + episode)
-        returns.append(0.0)
+    act = agent.numpy_policy()
+    returns = np.zeros(args.eval_episodes)
+    for i in tqdm(range(args.eval_episodes), desc="evaluation (up to 27,000 steps each)"):
+        obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + i)
         for _ in range(27_000):  # half an hour of Atari
             obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(act(obs)))
-            returns[-1] += rewards.item()
+            returns[i] += rewards.item()
             if terminated or truncated:
                 break
     envs.close()
-    result = f"mean_return={np.mean(returns):.2f} std={np.std(returns):.2f} episodes={len(returns)}"
-    print(f"eval: {result} checkpoint={folder}/checkpoint.pt")
+    print(f"eval: mean_return={returns.mean():.2f} std={returns.std():.2f} episodes={len(returns)}", end=" ")
+    print(f"checkpoint={folder}/checkpoint.pt")
     return returns
 
 
@@ -479,7 +477,6 @@ class Run(AbstractContextManager):
             self.global_step = load_checkpoint(args.resume, **modules)["global_step"]
         if args.track:
             import_module("wandb").init(name=self.folder.name, config=vars(args), sync_tensorboard=True)
-        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1, max_queue=1000)
         self.writer.add_text("args", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()), self.global_step)
         self.bar = tqdm(None, args.env_id, args.total_timesteps, initial=self.global_step, unit=" steps", disable=False)
