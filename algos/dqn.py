@@ -13,12 +13,9 @@ one network choose the action and the other evaluate it:
 
     y = r + γ (1 - terminated) Q_targ(s', argmax_a' Q(s', a'))
 
-(The paper clips the error of each transition to ±1. We do not: with that, the many small errors outweigh the few large
-ones at the ends of episodes, and CartPole is learned less well.)
-
 Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With no --hidden-sizes Q
-is linear, and on a Discrete observation, which is flattened to one-hot, a table (plus a bias for each action): tabular
-Q-learning with replay.
+is linear, and on a Discrete observation, which is flattened to one-hot, a table. (The paper clips errors to ±1. We do
+not: the many small errors then outweigh the few large ones at the ends of episodes, and CartPole is learned less well.)
 
 V. Mnih et al.: Human-level control through deep reinforcement learning, Nature 518, 2015. Double DQN: H. van Hasselt,
 A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, arXiv:1509.06461.
@@ -43,7 +40,6 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-import psutil
 import torch
 import tyro
 from torch import nn
@@ -170,10 +166,6 @@ class ReplayBuffer:
     def __init__(self, size, num_envs, obs_space, stack=1):
         shape = (size // num_envs + stack, num_envs)
         frame_shape = obs_space.shape[1:] if stack > 1 else obs_space.shape
-        needed = np.prod(shape) * (np.prod(frame_shape) * obs_space.dtype.itemsize + 22)  # bytes
-        free = psutil.virtual_memory().available
-        if needed > free:
-            fail(f"--buffer-size {size} takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
         self.frames = np.zeros((*shape, *frame_shape), obs_space.dtype)
         self.actions, self.age = np.zeros((2, *shape), np.int64)  # age: steps since the start of the episode
         self.rewards = np.zeros(shape, np.float32)

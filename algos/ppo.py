@@ -248,8 +248,7 @@ def train(args):
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     T, N = args.num_steps, args.num_envs
     if args.total_timesteps < T * N * W or args.num_minibatches > T // 2 * N:  # every second step may only reset
-        times = "times --num-steps" if W == 1 else f"times --num-steps times {W} processes"
-        fail(f"--num-envs {times} must be at most --total-timesteps, half of it at least --num-minibatches")
+        fail("--num-envs times --num-steps must be at most --total-timesteps, half of it at least --num-minibatches")
 
     with (Follower if rank else Run)(args, agent=agent, optimizer=optimizer) as run:
         seed = args.seed + run.global_step + rank * N  # a resumed run does not play the same episodes again
@@ -370,7 +369,7 @@ def average_gradients(parameters):
 
 
 class Follower(AbstractContextManager):
-    """What Run is to the other processes than the first: it only counts steps."""
+    """What Run is to all processes but the first: it only counts steps."""
 
     def __init__(self, args, **modules):
         self.global_step = load_checkpoint(args.resume, **modules)["global_step"] if args.resume else 0

@@ -59,9 +59,7 @@ def test_stands_alone(algo):
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
             assert not getattr(node, "level", 0), "a relative import"
-            allowed = PACKAGES | sys.stdlib_module_names
-            allowed |= {"psutil"} if algo.stem == "dqn" else set()
-            assert {module.split(".")[0] for module in modules} <= allowed
+            assert {module.split(".")[0] for module in modules} <= PACKAGES | sys.stdlib_module_names
 
 
 def test_length(algo):
