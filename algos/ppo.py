@@ -239,7 +239,7 @@ def ppo_loss(agent, x, actions, old_log_probs, advantages, returns, args):
 def train(args):
     """Train an agent, evaluate it and return it. Under torchrun, W processes do so together."""
     envs = make_envs(args, args.num_envs)
-    rank, W, stops = join_torchrun()
+    rank, W, stops = join_torchrun(args)
     device = select_device(args.device)
     torch.manual_seed(args.seed)  # the same first weights in all processes
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -336,14 +336,15 @@ def train(args):
 
 # ==== torchrun: data-parallel PPO. Each process has its own --num-envs environments and --num-minibatches minibatches;
 # their gradients are averaged, so that all take the same steps. Without torchrun these functions do nothing.
-def join_torchrun():
+def join_torchrun(args):
     """The rank of this process, their number, and a list for its signals, any of which stops all after an update."""
     stops = []
     if not distributed.is_torchelastic_launched():
         return 0, 1, stops
-    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+    on_gpus = torch.cuda.is_available() and args.device != "cpu"
+    if on_gpus:  # one for each process
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group()
+    distributed.init_process_group("nccl" if on_gpus else "gloo")
     atexit.register(distributed.destroy_process_group)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stops.append(number))

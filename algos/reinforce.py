@@ -50,6 +50,7 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the total timesteps
     gamma: float = 0.99  # discount γ
     weight: Literal["total-return", "reward-to-go", "baseline"] = "baseline"  # Φ, the weight of ∇ log π
+    restart_returns: bool = False  # R_t ends with the next reward that is not 0, as in Pong, where it ends a rally
     norm_weight: bool = False  # standardise Φ over each update: helps all three on CartPole, but biases g a little
     critic_updates: int = 10  # gradient steps of the critic on the returns of each update (baseline only)
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
@@ -202,14 +203,15 @@ class Agent(nn.Module):
 
 
 # ==== REINFORCE
-def rewards_to_go(rewards, gamma):
+def rewards_to_go(rewards, gamma, restart=False):
     """R_t = Σ_{k≥t} γ^{k-t} r_k, (T, N), of rewards (T, N). A column is one episode, and zeros after it.
 
     Nothing is added for what a time limit cuts off: g is unbiased for the return within the limit, as evaluated.
     """
+    discount = np.where(restart & (rewards != 0), 0, gamma)
     returns, R = np.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
-        R = rewards[t] + gamma * R
+        R = rewards[t] + discount[t] * R
         returns[t] = R
     return returns
 
@@ -257,7 +259,7 @@ def train(args):
             b_actions = torch.as_tensor(np.stack(actions)[valid], device=device)
 
             # 2. The returns R_t, and from them the weights Φ_t.
-            returns = rewards_to_go(rewards, args.gamma)
+            returns = rewards_to_go(rewards, args.gamma, args.restart_returns)
             if args.norm_reward:
                 agent.return_stats.update(returns[valid])
                 returns = returns / (agent.return_stats.var.item() ** 0.5 + 1e-8)

@@ -1,13 +1,12 @@
 """Pong as the policy gradient is taught with it: what moves on the court, and two actions (Karpathy 2016).
 
     python envs/pong.py                                                # check it against Gymnasium's rules
-    python algos/reinforce.py --env-id envs.pong:PongRally-v0 --hidden-sizes 200     # learn from rallies ...
-    python algos/reinforce.py --env-id envs.pong:PongDifference-v0 --evaluate PATH   # ... and play whole games
+    python algos/reinforce.py --env-id envs.pong:PongDifference-v0 --hidden-sizes 200 --num-envs 8 --async-envs \
+        --weight reward-to-go --norm-weight --restart-returns --learning-rate 1e-3 --total-timesteps 20000000
 
 How a raw environment becomes one that can be learned from: this one stands around `ALE/Pong-v5` and changes what the
-agent sees (of 100,800 bytes 6,400 numbers), what it can do, and what an episode is. An episode of PongDifference-v0 is
-a game, to 21 points. One of PongRally-v0 is a rally, which ends with a point: nothing after a point depends on what was
-done before it, so an action is better judged by its own rally alone.
+agent sees (of 100,800 bytes 6,400 numbers) and what it can do. An episode is a game, to 21 points. Nothing after a
+point depends on what was done before it, so an action is better judged by its own rally alone: --restart-returns.
 
 A. Karpathy: Deep Reinforcement Learning: Pong from Pixels, 2016, https://karpathy.github.io/2016/05/31/rl.
 """
@@ -38,14 +37,13 @@ class PongEnv(gym.Env):
     minus the same a step before. So 1 is where something has come, -1 where it has left, and 0 everywhere at a start.
     Action: Discrete(2), up or down; with `all_actions` the emulator's Discrete(6).
     Reward: 1 for a point, -1 for one of the computer's.
-    End: terminated when a side has 21 points, or with `rallies` after each point; truncated after 27,000 steps.
+    End: terminated when a side has 21 points; truncated after 27,000 steps.
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 15}
 
     def __init__(
         self,
-        rallies: bool = False,  # an episode is a rally, not a game
         all_actions: bool = False,
         repeat_action_probability: float = 0.25,  # of doing the last action again instead; 0 in results before 2018
         render_mode: str | None = None,
@@ -57,19 +55,16 @@ class PongEnv(gym.Env):
             render_mode=render_mode,
             disable_env_checker=True,
         )
-        self.rallies = rallies
         self.render_mode = render_mode
         self.actions = range(6) if all_actions else (UP, DOWN)
         self.action_space = spaces.Discrete(len(self.actions))
         self.observation_space = spaces.Box(-1, 1, (80, 80), np.int8)
-        self.game_over = True
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Begin an episode: the next rally, or a new game if there is none, or if a seed is given."""
+        """Begin a game; returns (observation, info)."""
         super().reset(seed=seed)
-        if self.game_over or seed is not None or not self.rallies:
-            screen, _ = self.game.reset(seed=seed)
-            self.court, self.game_over = crop(screen), False
+        screen, _ = self.game.reset(seed=seed)
+        self.court = crop(screen)
         return np.zeros((80, 80), np.int8), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -77,8 +72,6 @@ class PongEnv(gym.Env):
         last_court = self.court
         screen, reward, terminated, truncated, _ = self.game.step(self.actions[action])
         self.court = crop(screen)
-        self.game_over = terminated or truncated
-        terminated = terminated or (self.rallies and reward != 0)
         return self.court - last_court, float(reward), terminated, truncated, {}
 
     def render(self) -> np.ndarray | None:
@@ -95,14 +88,12 @@ def crop(screen: np.ndarray) -> np.ndarray:
     return ((court != BACKGROUND) & (court != FIRST_BACKGROUND)).astype(np.int8)
 
 
-for env_id, rallies in {"PongDifference-v0": False, "PongRally-v0": True}.items():
-    if env_id not in gym.registry:  # a second import, or a reload, must not register it twice
-        gym.register(env_id, entry_point=f"{__name__}:PongEnv", kwargs={"rallies": rallies})
+if "PongDifference-v0" not in gym.registry:  # a second import, or a reload, must not register it twice
+    gym.register("PongDifference-v0", entry_point=f"{__name__}:PongEnv")
 
 
 if __name__ == "__main__":
     from gymnasium.utils.env_checker import check_env
 
-    for env_id in ("PongDifference-v0", "PongRally-v0"):
-        check_env(gym.make(env_id, render_mode="rgb_array").unwrapped)
-        print(f"{env_id}: ok")
+    check_env(gym.make("PongDifference-v0", render_mode="rgb_array").unwrapped)
+    print("PongDifference-v0: ok")

@@ -506,3 +506,25 @@ def test_reinforce_weighs_whole_episodes_one_of_each_environment(weight, norm_re
         for key, w, value in zip(mine, batch.weights, values.tolist(), strict=True):
             expected = returns[*key[:2], 0 if weight == "total-return" else key[2]] / scale
             assert w == pytest.approx(expected - (value if weight == "baseline" else 0), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_rewards_to_go_may_end_with_the_next_reward(restart):
+    rewards = np.random.default_rng(0).choice([-1, 0, 0, 0, 1], size=(40, 3)).astype(np.float32)
+    returns = reinforce.rewards_to_go(rewards, 0.9, restart)
+    for t, n in np.ndindex(rewards.shape):
+        expected = 0.0
+        for k in range(t, 40):
+            expected += 0.9 ** (k - t) * rewards[k, n]
+            if restart and rewards[k, n]:
+                break
+        assert returns[t, n] == pytest.approx(expected, abs=1e-5)
+
+
+def test_flags_that_restart_returns(monkeypatch, tmp_path):
+    """All rewards here are other than 0."""
+    batches = watch(reinforce, monkeypatch)
+    train(reinforce, tmp_path, weight="reward-to-go", restart_returns=True)
+    steps, _ = played()
+    for batch in batches:
+        assert batch.weights.tolist() == pytest.approx([steps[key].reward for key in keys(batch.x)], abs=1e-5)

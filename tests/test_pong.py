@@ -1,4 +1,4 @@
-"""Pong: what the agent sees is what the screen shows, an episode is a rally or a game, and every file plays it."""
+"""Pong: what the agent sees is what the screen shows, an episode is a game, and every file plays it."""
 
 import warnings
 from collections import Counter
@@ -10,7 +10,7 @@ import pytest
 from conftest import ALGOS, PPO, ROOT, load, read_checkpoint, small, takes
 from gymnasium.utils.env_checker import check_env
 
-GAME, RALLY = "envs.pong:PongDifference-v0", "envs.pong:PongRally-v0"
+GAME = "envs.pong:PongDifference-v0"
 
 
 def slow_court(picture):
@@ -34,41 +34,21 @@ def test_observation_is_the_difference_of_two_courts():
     assert (obs.dtype, courts[-1].sum() < 200) == (np.int8, True)
 
 
-@pytest.mark.parametrize("env_id", [GAME, RALLY])
-def test_gymnasiums_checker_has_no_complaint(env_id):
+def test_gymnasiums_checker_has_no_complaint():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(gym.make(env_id, render_mode="rgb_array").unwrapped)
+        check_env(gym.make(GAME, render_mode="rgb_array").unwrapped)
 
 
-def play(env, rng):
-    """An episode of random actions: its rewards and how it ended."""
-    rewards, ended = [], False
+def test_a_game_ends_at_21_points():
+    env, rng, rewards, ended = gym.make(GAME), np.random.default_rng(1), [], False
+    env.reset(seed=1)
     while not ended:
         _, reward, terminated, truncated, _ = env.step(rng.integers(2))
         rewards.append(reward)
         ended = terminated or truncated
-    return rewards, terminated, truncated
-
-
-def test_a_game_ends_at_21_points_and_a_rally_with_each():
-    game, rally = gym.make(GAME), gym.make(RALLY)
-    game.reset(seed=1)
-    rewards, *ended = play(game, np.random.default_rng(1))
     assert set(rewards) <= {-1, 0, 1}
-    assert (max(rewards.count(1), rewards.count(-1)), ended) == (21, [True, False])
-    points = [reward for reward in rewards if reward]
-
-    rng, rallies = np.random.default_rng(1), []
-    for number in range(len(points) + 1):
-        obs, _ = rally.reset(seed=None if number else 1)
-        assert not obs.any()
-        rallies.append(play(rally, rng))
-    # The same actions make the same game: one rally after the other, and after the last one a new game.
-    assert [rewards[-1] for rewards, *_ in rallies[:-1]] == points
-    assert all(not any(rewards[:-1]) and rewards[-1] for rewards, *_ in rallies)
-    assert sum(len(rewards) for rewards, *_ in rallies[:-1]) == len(rewards)
-    assert all(ended == [True, False] for _, *ended in rallies)
+    assert (max(rewards.count(1), rewards.count(-1)), terminated, truncated) == (21, True, False)
 
 
 def test_actions_move_the_paddle_up_and_down():
@@ -94,40 +74,28 @@ def test_actions_may_be_repeated():
     np.testing.assert_array_equal(slow_court(env.render())[:, 70:74], before)
 
 
-@pytest.mark.parametrize(("env_id", "seed", "new"), [(GAME, None, 1), (GAME, 1, 1), (RALLY, None, 0), (RALLY, 1, 1)])
-def test_a_reset_begins_a_new_game_unless_the_next_rally_is_due(env_id, seed, new):
-    env = gym.make(env_id)
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_reset_begins_a_new_game(seed):
+    env = gym.make(GAME)
     env.reset(seed=1)
     for _ in range(10):
         env.step(0)
-    ale = env.unwrapped.game.unwrapped.ale
-    assert ale.getEpisodeFrameNumber() == 40
-    env.reset(seed=seed)
-    assert ale.getEpisodeFrameNumber() == (0 if new else 40)
-
-
-@pytest.mark.parametrize("env_id", [GAME, RALLY])
-def test_a_game_that_takes_too_long_is_truncated_and_over(env_id, monkeypatch):
-    env = gym.make(env_id).unwrapped
-    env.reset(seed=1)
-    step = env.game.step
-    monkeypatch.setattr(env.game, "step", lambda action: (*step(action)[:3], True, {}))
-    _, reward, *ended, _ = env.step(0)
-    assert (reward, ended) == (0, [False, True])
-    env.reset()
-    assert env.game.unwrapped.ale.getEpisodeFrameNumber() == 0
+    assert env.unwrapped.game.unwrapped.ale.getEpisodeFrameNumber() == 40
+    obs, _ = env.reset(seed=seed)
+    assert not obs.any()
+    assert env.unwrapped.game.unwrapped.ale.getEpisodeFrameNumber() == 0
 
 
 @pytest.mark.parametrize("path", [path for path in ALGOS if takes(path, "Discrete")], ids=lambda path: path.stem)
 def test_every_file_plays_it(path, cli):
-    cli(path, small(path, f"--env-id {RALLY} --eval-episodes 2")).check()
+    cli(path, small(path, f"--env-id {GAME} --eval-episodes 1")).check()
 
 
 @pytest.mark.parametrize("stem", ["a2c", "ppo", "reinforce"])
 def test_pictures_of_the_weights(stem, cli, tmp_path):
     """Those before training are those that the run began with: with a learning rate of 0 they are the same."""
     pong_weights, path = load(ROOT / "benchmark/pong_weights.py"), PPO.with_stem(stem)
-    folder = cli(path, small(path, f"--env-id {RALLY} --seed 3 --hidden-sizes 24 8 --learning-rate 0")).check().folder
+    folder = cli(path, small(path, f"--env-id {GAME} --seed 3 --hidden-sizes 24 8 --learning-rate 0")).check().folder
     before, after = pong_weights.first_weights(read_checkpoint(folder))
     assert before.shape == (24, 80, 80)
     np.testing.assert_array_equal(before, after)
