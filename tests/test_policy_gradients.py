@@ -521,7 +521,7 @@ def test_rewards_to_go_may_end_with_the_next_reward(restart):
         assert returns[t, n] == pytest.approx(expected, abs=1e-5)
 
 
-def test_flags_that_restart_returns(monkeypatch, tmp_path):
+def test_a_flag_restarts_the_returns(monkeypatch, tmp_path):
     """All rewards here are other than 0."""
     batches = watch(reinforce, monkeypatch)
     train(reinforce, tmp_path, weight="reward-to-go", restart_returns=True)
