@@ -342,7 +342,9 @@ def join_torchrun(args):
     if not distributed.is_torchelastic_launched():
         return 0, 1, stops
     on_gpus = torch.cuda.is_available() and args.device != "cpu"
-    if on_gpus:  # one for each process
+    if on_gpus and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+        fail("torchrun needs a GPU for each process; with --device cpu it needs none")
+    if on_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if on_gpus else "gloo")
     atexit.register(distributed.destroy_process_group)

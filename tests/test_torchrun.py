@@ -141,7 +141,7 @@ def test_one_folder_with_the_episodes_of_all_processes(runs):
 def test_all_stop_together(stop, launch, tmp_path):
     """With one checkpoint, after a signal one command that resumes, and no process left behind."""
     torchrun = f"torch.distributed.run --nproc-per-node {NUM_PROCESSES} {PPO}"
-    flags = small(PPO, "--env-id CartPole-v1 --total-timesteps 10000000 --checkpoint-interval 64")
+    flags = small(PPO, "--env-id CartPole-v1 --total-timesteps 10000000 --checkpoint-interval 64 --device cpu")
     script = launch("-m", f"{torchrun} {flags}", tmp_path)
     script.wait_for("return")
     processes = children(script.process)
