@@ -94,7 +94,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
     --gae-lambda 0.98 --target-kl 0.03 --critic-updates 20 --norm-obs --norm-reward
   experiment ddpg LunarLanderContinuous-v3 500000 --hidden-sizes 128 128 --batch-size 128 --learning-starts 10000
 
-  experiment a2c  HalfCheetah-v5 1000000 --num-envs 8 --num-steps 8 --learning-rate 7e-4 --gae-lambda 0.9 --norm-obs \
+  experiment a2c  HalfCheetah-v5 1000000 --num-steps 16 --learning-rate 2e-3 --gae-lambda 0.95 --norm-obs \
     --norm-reward --log-std-init -1
   experiment ppo  HalfCheetah-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 \
     --log-std-init -1 --target-kl 0.03
