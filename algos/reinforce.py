@@ -217,9 +217,9 @@ def rewards_to_go(rewards, gamma, restart=False):
 
 
 def reinforce_loss(agent, x, actions, weights, num_episodes):
-    """Its gradient is -g, of all B steps of some episodes; actions and weights Φ are (B, ...)."""
+    """A loss whose gradient is -g, of all B steps of some episodes, and their entropy; actions, weights Φ: (B, ...)."""
     policy = agent.policy(agent.encoder(x))
-    return -(policy.log_prob(actions) * weights).sum() / num_episodes
+    return -(policy.log_prob(actions) * weights).sum() / num_episodes, policy.entropy().mean()
 
 
 def train(args):
@@ -263,21 +263,21 @@ def train(args):
             if args.norm_reward:
                 agent.return_stats.update(returns[valid])
                 returns = returns / (agent.return_stats.var.item() ** 0.5 + 1e-8)
-            with torch.no_grad():
-                features = agent.encoder(b_x)
-                entropy, b_values = agent.policy(features).entropy().mean(), agent.critic(features)
             b_returns = torch.as_tensor(returns[valid], device=device)
             b_weights = b_returns
             if args.weight == "total-return":
                 b_weights = torch.as_tensor(np.broadcast_to(returns[0], returns.shape)[valid], device=device)
             elif args.weight == "baseline":
+                with torch.no_grad():
+                    features = agent.encoder(b_x)
+                    b_values = agent.critic(features)
                 b_weights = b_returns - b_values
             if args.norm_weight:
                 b_weights = (b_weights - b_weights.mean()) / (b_weights.std(correction=0) + 1e-8)
 
             # 3. θ ← θ + α g.
             optimizer.param_groups[0]["lr"] = 0 if active.any() else learning_rate  # 0: the budget cut these episodes
-            loss = reinforce_loss(agent, b_x, b_actions, b_weights, num_episodes=N)
+            loss, entropy = reinforce_loss(agent, b_x, b_actions, b_weights, num_episodes=N)
             optimizer.zero_grad()
             loss.backward(inputs=theta)
             optimizer.step()

@@ -59,7 +59,7 @@ def measure(seed: int, steps: int, episodes: int) -> list[dict]:
         values = agent.critic(agent.encoder(x)).detach()
         weights = {"total-return": to_go[0].expand_as(to_go), "reward-to-go": to_go, "baseline": to_go - values}
         for name, weight in weights.items():
-            loss = reinforce.reinforce_loss(agent, x, actions, weight, num_episodes=1)
+            loss, _ = reinforce.reinforce_loss(agent, x, actions, weight, num_episodes=1)
             gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, theta)])
             gradients.setdefault(name, []).append(gradient.double())
         returns.append(rewards.sum())

@@ -500,7 +500,7 @@ def test_reinforce_weighs_whole_episodes_one_of_each_environment(weight, norm_re
         assert batch.num_episodes == 4
         assert batch.actions.tolist() == [steps[key].action for key in mine]
         policy, values = look(batch.agent, batch.x)
-        torch.testing.assert_close(batch.results, -(policy.log_prob(batch.actions) * batch.weights).sum() / 4)
+        torch.testing.assert_close(batch.results[0], -(policy.log_prob(batch.actions) * batch.weights).sum() / 4)
         all_returns += [returns[key] for key in mine]
         scale = np.std(all_returns) if norm_reward else 1
         for key, w, value in zip(mine, batch.weights, values.tolist(), strict=True):
