@@ -125,6 +125,9 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
     --norm-reward
   experiment ddpg Swimmer-v5 1000000 --gamma 0.99 --batch-size 100
 
+  experiment reinforce envs.pong:PongDifference-v0 8000000 --num-envs 8 --hidden-sizes 200 --learning-rate 1e-3 \
+    --weight reward-to-go --norm-weight --restart-returns
+
   experiment a2c  BipedalWalker-v3 2260000 --num-steps 16 --learning-rate 1e-3 --gamma 0.99 --gae-lambda 0.9 \
     --log-std-init -1 --norm-obs --norm-reward
   experiment ppo  BipedalWalker-v3 2000000 --num-envs 16 --num-steps 1024 --num-minibatches 128 --learning-rate 3e-4 \
