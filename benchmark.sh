@@ -142,7 +142,7 @@ experiment() {
   shift 3
   [[ ${1:-} == --exp-name ]] && exp_name=$2
   for ((seed = FIRST_SEED; seed < FIRST_SEED + seeds; seed++)); do
-    names+=("${env//[\/:]/-}__${exp_name}__$seed") # as the run folders: ALE/Pong-v5 is ALE-Pong-v5
+    names+=("${env##*:}__${exp_name}__$seed") # without the module of the environment
     commands+=("python algos/$algo.py --env-id $env --total-timesteps $steps${*:+ $*} --seed $seed --eval-episodes 100 --device $DEVICE")
   done
 }
