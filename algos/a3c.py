@@ -11,7 +11,7 @@ it on θ, which others have changed in the meantime. θ is not locked: two steps
     g ← α g + (1-α) Δθ²,   θ ← θ - η Δθ / (√g + ε)
 
 How many steps of others went into θ since it was copied is logged as the staleness. With one worker there are none, and
-this is A2C to the bit, if the settings are; with more, how they interleave is chance, and no run is like another.
+with the same settings this is A2C to the bit; with more, how their steps interleave is chance, and no two runs agree.
 
 V. Mnih et al.: Asynchronous Methods for Deep Reinforcement Learning, 2016, arXiv:1602.01783. Hogwild: F. Niu, B. Recht,
 C. Ré, S. Wright, 2011, arXiv:1106.5730. GAE(λ): J. Schulman et al., 2016, arXiv:1506.02438.
@@ -71,8 +71,8 @@ class Args:
     checkpoint_interval: int = 50_000  # environment steps between checkpoints
     resume: str = ""  # go on from this checkpoint, in its folder, with its arguments; a flag given beside it wins
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
-    init_from: str = ""  # start with the weights in this checkpoint, of this file, where names and shapes agree
-    freeze: int = 0  # do not train the first layers of each network, as many as this (convolutions count)
+    init_from: str = ""  # start from the weights of another run of this file, where names and shapes agree
+    freeze: int = 0  # the first N layers of each network do not learn (convolutions count)
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():
@@ -100,10 +100,10 @@ def mlp(input_size, hidden_sizes, output_size, gain):
 
 def nature_cnn(channels, height, width):
     """Features, (B, 512), of images scaled to [0, 1], (B, channels, height, width): Mnih et al. (2015)."""
-    layers = []
-    for in_channels, out_channels, size, stride in ((channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)):
-        layers += [layer_init(nn.Conv2d(in_channels, out_channels, size, stride)), nn.ReLU()]
-    convolutions = nn.Sequential(*layers, nn.Flatten())
+    conv1 = layer_init(nn.Conv2d(channels, 32, 8, stride=4))
+    conv2 = layer_init(nn.Conv2d(32, 64, 4, stride=2))
+    conv3 = layer_init(nn.Conv2d(64, 64, 3, stride=1))
+    convolutions = nn.Sequential(conv1, nn.ReLU(), conv2, nn.ReLU(), conv3, nn.ReLU(), nn.Flatten())
     num_features = convolutions(torch.zeros(1, channels, height, width)).shape[1]
     return nn.Sequential(convolutions, layer_init(nn.Linear(num_features, 512)), nn.ReLU())
 
@@ -119,11 +119,11 @@ class RunningMeanStd(nn.Module):
 
     def update(self, rows):
         rows = torch.as_tensor(rows, dtype=torch.float32, device=self.mean.device)
-        share = len(rows) / (self.count + len(rows))  # of the new rows among all
+        self.count += len(rows)
+        share = len(rows) / self.count  # of the new rows among all
         delta = rows.mean(0) - self.mean
         self.var += share * (rows.var(0, correction=0) - self.var + (1 - share) * delta.square())
         self.mean += share * delta
-        self.count += len(rows)
 
 
 class Agent(nn.Module):
@@ -142,7 +142,7 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        elif self.is_multi:  # k actions at once, of up to n values; a value that one does not have gets a logit of -1e8
+        elif self.is_multi:  # k actions at once, of up to n values; those that an action lacks get the logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
@@ -174,7 +174,7 @@ class Agent(nn.Module):
         return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def numpy_policy(self, rng=None):
-        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...): three times as fast as torch here."""
+        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...): on a few rows faster than torch."""
         layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.actor)[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
@@ -188,11 +188,10 @@ class Agent(nn.Module):
             x = x @ layers[-1][0] + layers[-1][1]
             if self.is_multi:
                 x = x.reshape(-1, *self.missing.shape) + self.missing.numpy(force=True)
-            if rng is None:
-                return x.argmax(-1) if self.is_discrete else x
-            if self.is_discrete:
-                return (x + rng.gumbel(size=x.shape)).argmax(-1)  # a sample of the softmax
-            return x + std * rng.standard_normal(x.shape, np.float32)
+            if rng is not None:  # Gumbel noise makes the argmax a sample of the softmax
+                noise = rng.gumbel(size=x.shape) if self.is_discrete else std * rng.standard_normal(x.shape, np.float32)
+                x = x + noise
+            return x.argmax(-1) if self.is_discrete else x
 
         return act
 
@@ -233,7 +232,7 @@ def a3c_loss(log_probs, entropy, values, advantages, returns, args):
 def rmsprop_step(agent, squares, gradients, learning_rate, alpha=0.99, eps=1e-5):
     """A step on the parameters θ of `agent`; those of `squares` are g. Both may be in shared memory."""
     for theta, g, gradient in zip(agent.parameters(), squares.parameters(), gradients, strict=True):
-        if gradient is not None:  # as a frozen layer's is
+        if gradient is not None:  # it is None in a frozen layer
             g.mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
             theta.addcdiv_(gradient, g.sqrt() + eps, value=-learning_rate)
 
@@ -247,9 +246,9 @@ def train(args):
     torch.manual_seed(args.seed)
     envs = make_envs(args, 1)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).share_memory()
-    transfer(args, agent, agent.actor, agent.critic)
+    transfer(args, agent, nn.Sequential(agent.encoder, agent.actor), nn.Sequential(agent.encoder, agent.critic))
     envs.close()
-    squares = copy.deepcopy(agent).share_memory()  # g, a number for each of θ
+    squares = copy.deepcopy(agent).share_memory()  # g, a running square for each parameter
     for g in squares.parameters():
         nn.init.zeros_(g)
 
@@ -288,7 +287,7 @@ def work(worker, args, shared, squares, counters, messages, first_step):
     T, N = args.num_steps, args.num_envs
     global_step, num_updates = counters
     seed = args.seed + first_step + 10**8 * worker  # a resumed run does not play the same episodes again
-    rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
+    rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
     obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
     actions = np.stack([agent.numpy_policy()(obs[0])] * T)
     rewards, discounted = np.zeros((2, T, N), np.float32)
@@ -352,8 +351,7 @@ def work(worker, args, shared, squares, counters, messages, first_step):
         nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
 
         # 5. A step with it on θ, which others may be changing, too.
-        progress = (step - T * N) / args.total_timesteps  # before this rollout
-        learning_rate = args.learning_rate * (1 - progress * args.anneal_lr)
+        learning_rate = args.learning_rate * (1 - args.anneal_lr * (step - T * N) / args.total_timesteps)
         rmsprop_step(shared, squares, [x.grad for x in agent.parameters()], learning_rate)
         with num_updates.get_lock():
             staleness = num_updates.value - num_updates_at_copy
@@ -383,12 +381,11 @@ def transfer(args, agent, *networks):
         saved, own = load_checkpoint(args.init_from).get("agent", {}), agent.state_dict()
         taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
         if not any(name.endswith("weight") for name in taken):
-            fail(f"--init-from {args.init_from} has no weights of the names and shapes that are needed here")
+            fail(f"--init-from {args.init_from} has no weights that fit: their names or shapes differ")
         agent.load_state_dict(taken, strict=False)
         print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
-    encoder = getattr(agent, "encoder", nn.Identity())  # the convolutions, if there are any
     for network in networks:
-        parameters = [*encoder.parameters(), *network.parameters()]  # a weight and a bias of each layer
+        parameters = list(network.parameters())  # a weight and a bias of each layer
         if 2 * args.freeze >= len(parameters):
             fail(f"--freeze must be less than the number of layers, {len(parameters) // 2}")
         for x in parameters[: 2 * args.freeze]:
@@ -412,12 +409,13 @@ def select_device(name):
 
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
-    is_atari = (env_id := args.env_id.removeprefix("ale_py:")).startswith("ALE/")
+    env_id = args.env_id.removeprefix("ale_py:")
+    is_atari = env_id.startswith("ALE/")
     options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
-        if is_atari:  # ale-py's own vector environment cannot render; unlike it, this does not press FIRE at a start
+        if is_atari:  # ale-py's own vector environment cannot render; this substitute does not press FIRE at a start
             stack = partial(gym.wrappers.FrameStackObservation, stack_size=4, padding_type="zero")
             options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
     elif is_atari:
@@ -426,9 +424,9 @@ def make_envs(args, num_envs, eval_folder=None):
         envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
         if isinstance(space, gym.spaces.Dict):
-            parts = [key for key, part in space.items() if part.shape is not None or isinstance(part, gym.spaces.Dict)]
+            parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             if len(parts) < len(space):  # the others are texts, as MiniGrid's mission
-                print(f"of the observation only these parts are used: {', '.join(parts)}")
+                print(f"only these parts of the observation are used: {', '.join(parts)}")
                 envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
@@ -443,7 +441,7 @@ def make_envs(args, num_envs, eval_folder=None):
 
 
 def evaluate(agent, args, folder):
-    """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
+    """Play whole episodes, not seen in training, with the deterministic policy; print and return their returns."""
     envs = make_envs(args, 1, eval_folder=folder)
     act = agent.numpy_policy()
     returns = np.zeros(args.eval_episodes)
@@ -501,7 +499,7 @@ class Run(AbstractContextManager):
             self.episode[:, n] = 0
 
     def log_update(self, scalars, **inputs):
-        """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
+        """Log the scalars of an update, if due; they and its inputs (arrays) must be finite. A checkpoint, if due."""
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
             for name, values in (inputs | scalars).items():
                 assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
@@ -515,7 +513,7 @@ class Run(AbstractContextManager):
 
     def save(self):
         """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
-        assert all(x.isfinite().all() for x in self.modules["agent"].parameters()), "a weight is not finite"
+        assert all(x.isfinite().all() for x in self.modules["agent"].state_dict().values()), "a weight is not finite"
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
         torch.save(state, self.folder / "checkpoint.tmp")

@@ -71,8 +71,8 @@ class Args:
     checkpoint_interval: int = 50_000  # environment steps between checkpoints
     resume: str = ""  # go on from this checkpoint, in its folder, with its arguments; a flag given beside it wins
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
-    init_from: str = ""  # start with the weights in this checkpoint, of this file, where names and shapes agree
-    freeze: int = 0  # do not train the first layers of each network, as many as this (convolutions count)
+    init_from: str = ""  # start from the weights of another run of this file, where names and shapes agree
+    freeze: int = 0  # the first N layers of each network do not learn (convolutions count)
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():
@@ -97,10 +97,10 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         if not (isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"):
-            fail(f"{Path(__file__).name} takes Box actions, not {action_space}; for Discrete take dqn.py or ppo.py")
+            fail(f"{Path(__file__).name} takes float Box actions, not {action_space}; ppo.py takes other kinds")
         if len(obs_space.shape) == 3:
             fail(f"{Path(__file__).name} takes vectors, not images; ppo.py and a2c.py take images")
-        self.obs_space, self.action_space = obs_space, action_space
+        self.action_space = action_space
         bounded = (action_space.low > -1e10) & (action_space.high < 1e10)
         low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
         self.centre, self.half_range = (low + high) / 2, (high - low) / 2
@@ -118,13 +118,8 @@ class Agent(nn.Module):
 
     def numpy_policy(self):
         """μ as a function of arrays (B, ...); it follows the weights as they learn."""
-
-        @torch.inference_mode()
-        def act(obs):
-            x = torch.as_tensor(obs, dtype=torch.float32, device=self.actor[0].weight.device)
-            return self.mu(x).numpy(force=True)
-
-        return act
+        device = self.actor[0].weight.device
+        return lambda obs: self.mu(torch.as_tensor(obs, dtype=torch.float32, device=device)).numpy(force=True)
 
     def to_env(self, actions):
         """Actions as the environment takes them: scaled from [-1, 1] to the bounds of each axis, and clipped."""
@@ -195,7 +190,7 @@ def train(args):
             optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
         first_step = run.global_step
         seed = args.seed + first_step  # a resumed run does not play the same episodes again
-        rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
+        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
         obs, _ = envs.reset(seed=seed)
         act = agent.numpy_policy()
         valid = np.ones(N, bool)  # false on steps that only reset
@@ -255,12 +250,11 @@ def transfer(args, agent, *networks):
         saved, own = load_checkpoint(args.init_from).get("agent", {}), agent.state_dict()
         taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
         if not any(name.endswith("weight") for name in taken):
-            fail(f"--init-from {args.init_from} has no weights of the names and shapes that are needed here")
+            fail(f"--init-from {args.init_from} has no weights that fit: their names or shapes differ")
         agent.load_state_dict(taken, strict=False)
         print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
-    encoder = getattr(agent, "encoder", nn.Identity())  # the convolutions, if there are any
     for network in networks:
-        parameters = [*encoder.parameters(), *network.parameters()]  # a weight and a bias of each layer
+        parameters = list(network.parameters())  # a weight and a bias of each layer
         if 2 * args.freeze >= len(parameters):
             fail(f"--freeze must be less than the number of layers, {len(parameters) // 2}")
         for x in parameters[: 2 * args.freeze]:
@@ -284,12 +278,13 @@ def select_device(name):
 
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
-    is_atari = (env_id := args.env_id.removeprefix("ale_py:")).startswith("ALE/")
+    env_id = args.env_id.removeprefix("ale_py:")
+    is_atari = env_id.startswith("ALE/")
     options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
-        if is_atari:  # ale-py's own vector environment cannot render; unlike it, this does not press FIRE at a start
+        if is_atari:  # ale-py's own vector environment cannot render; this substitute does not press FIRE at a start
             stack = partial(gym.wrappers.FrameStackObservation, stack_size=4, padding_type="zero")
             options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
     elif is_atari:
@@ -298,9 +293,9 @@ def make_envs(args, num_envs, eval_folder=None):
         envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
         if isinstance(space, gym.spaces.Dict):
-            parts = [key for key, part in space.items() if part.shape is not None or isinstance(part, gym.spaces.Dict)]
+            parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             if len(parts) < len(space):  # the others are texts, as MiniGrid's mission
-                print(f"of the observation only these parts are used: {', '.join(parts)}")
+                print(f"only these parts of the observation are used: {', '.join(parts)}")
                 envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
@@ -315,7 +310,7 @@ def make_envs(args, num_envs, eval_folder=None):
 
 
 def evaluate(agent, args, folder):
-    """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
+    """Play whole episodes, not seen in training, with the deterministic policy; print and return their returns."""
     envs = make_envs(args, 1, eval_folder=folder)
     act = agent.numpy_policy()
     returns = np.zeros(args.eval_episodes)
@@ -373,7 +368,7 @@ class Run(AbstractContextManager):
             self.episode[:, n] = 0
 
     def log_update(self, scalars, **inputs):
-        """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
+        """Log the scalars of an update, if due; they and its inputs (arrays) must be finite. A checkpoint, if due."""
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
             for name, values in (inputs | scalars).items():
                 assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
@@ -387,7 +382,7 @@ class Run(AbstractContextManager):
 
     def save(self):
         """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
-        assert all(x.isfinite().all() for x in self.modules["agent"].parameters()), "a weight is not finite"
+        assert all(x.isfinite().all() for x in self.modules["agent"].state_dict().values()), "a weight is not finite"
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
         torch.save(state, self.folder / "checkpoint.tmp")

@@ -23,9 +23,6 @@ A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, ar
     python algos/dqn.py --env-id CartPole-v1
     python algos/dqn.py --env-id CliffWalking-v1 --hidden-sizes --learning-rate 0.1 --total-timesteps 20000 \
         --train-frequency 2 --target-network-frequency 50 --tau 1 --exploration-fraction 0.5
-    python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 4 --buffer-size 1000000 \
-        --learning-starts 80000 --train-frequency 4 --batch-size 32 --learning-rate 1e-4 \
-        --target-network-frequency 1000 --tau 1 --exploration-fraction 0.1 --end-e 0.01
 """
 
 import copy
@@ -79,8 +76,8 @@ class Args:
     checkpoint_interval: int = 50_000  # environment steps between checkpoints
     resume: str = ""  # go on from this checkpoint, in its folder, with its arguments; a flag given beside it wins
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
-    init_from: str = ""  # start with the weights in this checkpoint, of this file, where names and shapes agree
-    freeze: int = 0  # do not train the first layers of each network, as many as this (convolutions count)
+    init_from: str = ""  # start from the weights of another run of this file, where names and shapes agree
+    freeze: int = 0  # the first N layers of each network do not learn (convolutions count)
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():
@@ -101,24 +98,21 @@ def mlp(input_size, hidden_sizes, output_size):
 
 def nature_cnn(channels, height, width):
     """Features, (B, 512), of images scaled to [0, 1], (B, channels, height, width): Mnih et al. (2015)."""
-    layers = []
-    for in_channels, out_channels, size, stride in ((channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)):
-        layers += [nn.Conv2d(in_channels, out_channels, size, stride), nn.ReLU()]
-    convolutions = nn.Sequential(*layers, nn.Flatten())
+    conv1 = nn.Conv2d(channels, 32, 8, stride=4)
+    conv2 = nn.Conv2d(32, 64, 4, stride=2)
+    conv3 = nn.Conv2d(64, 64, 3, stride=1)
+    convolutions = nn.Sequential(conv1, nn.ReLU(), conv2, nn.ReLU(), conv3, nn.ReLU(), nn.Flatten())
     num_features = convolutions(torch.zeros(1, channels, height, width)).shape[1]
     return nn.Sequential(convolutions, nn.Linear(num_features, 512), nn.ReLU())
 
 
 class Agent(nn.Module):
-    """Q(s, ·), and the policy that is greedy with respect to it.
-
-    obs_space: a Box of vectors, or of uint8 images (three axes). action_space: Discrete.
-    """
+    """Q(s, ·) of vectors or images (three axes), and the policy that is greedy with respect to it."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         if not isinstance(action_space, gym.spaces.Discrete):
-            fail(f"{Path(__file__).name} takes Discrete actions, not {action_space}; for Box take ddpg.py or ppo.py")
+            fail(f"{Path(__file__).name} takes Discrete actions, not {action_space}; ppo.py takes all kinds")
         self.obs_space, self.action_space = obs_space, action_space
         self.is_image = len(obs_space.shape) == 3
         shape = self.preprocess(obs_space.low).shape
@@ -137,7 +131,7 @@ class Agent(nn.Module):
         return self.q(self.encoder(x))
 
     def numpy_policy(self):
-        """argmax_a Q(s, a) as a function of arrays (B, ...): three times as fast as torch here."""
+        """argmax_a Q(s, a) as a function of arrays (B, ...): on a few rows faster than torch."""
         layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.q)[::2]]
 
         def act(obs):
@@ -221,18 +215,13 @@ def update_target(target, online, tau):
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-def linear_epsilon(args, step):
-    share = min(step / max(args.exploration_fraction * args.total_timesteps, 1), 1)
-    return args.start_e + share * (args.end_e - args.start_e)
-
-
 def train(args):
     """Train an agent, evaluate it and return it."""
     device = select_device(args.device)
     torch.manual_seed(args.seed)
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    transfer(args, agent, agent.q)
+    transfer(args, agent, agent)
     target = copy.deepcopy(agent).requires_grad_(False)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     N, num_actions = args.num_envs, int(envs.single_action_space.n)
@@ -241,13 +230,13 @@ def train(args):
         fail("--buffer-size must be at least twice --num-envs")
     if args.total_timesteps // (T * N) * T * N < max(args.learning_starts, T * N):
         fail(f"--total-timesteps must reach --learning-starts in multiples of {T * N} steps")
-    stack = 4 if "ALE/" in args.env_id else 1
+    stack = envs.single_observation_space.shape[0] if "ALE/" in args.env_id and agent.is_image else 1
     buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space, stack)
 
     with Run(args, agent=agent, target=target, optimizer=optimizer) as run:
         first_step = run.global_step
         seed = args.seed + first_step  # a resumed run does not play the same episodes again
-        rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
+        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
         obs, _ = envs.reset(seed=seed)
         valid = np.ones(N, bool)
 
@@ -255,9 +244,9 @@ def train(args):
             # 1. T ε-greedy steps of N environments. The step after the end of an episode only resets: it is not valid.
             act = agent.numpy_policy()
             for _ in range(T):
-                epsilon = linear_epsilon(args, run.global_step)
-                explore = rng.random(N) < epsilon
-                actions = np.where(explore, rng.integers(num_actions, size=N), act(obs))
+                share = min(run.global_step / max(args.exploration_fraction * args.total_timesteps, 1), 1)
+                epsilon = args.start_e + share * (args.end_e - args.start_e)
+                actions = np.where(rng.random(N) < epsilon, rng.integers(num_actions, size=N), act(obs))
                 next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
                 rewards = rewards * valid
                 ended = terminated | truncated
@@ -272,11 +261,8 @@ def train(args):
             if run.global_step >= first_step + args.learning_starts:
                 for _ in range(args.gradient_steps):
                     b_obs, b_actions, b_rewards, b_next_obs, b_terminated = buffer.sample(args.batch_size, rng)
-                    x = torch.as_tensor(agent.preprocess(b_obs), device=device)
-                    next_x = torch.as_tensor(agent.preprocess(b_next_obs), device=device)
-                    b_actions = torch.as_tensor(b_actions, device=device)
-                    b_rewards = torch.as_tensor(b_rewards, device=device)
-                    b_terminated = torch.as_tensor(b_terminated, device=device)
+                    arrays = agent.preprocess(b_obs), b_actions, b_rewards, agent.preprocess(b_next_obs), b_terminated
+                    x, b_actions, b_rewards, next_x, b_terminated = [torch.as_tensor(a, device=device) for a in arrays]
                     y = bellman_target(agent, target, b_rewards, next_x, b_terminated, args)
                     q = agent(x).gather(1, b_actions[:, None]).squeeze(1)
                     loss = (q - y).square().mean()
@@ -303,12 +289,11 @@ def transfer(args, agent, *networks):
         saved, own = load_checkpoint(args.init_from).get("agent", {}), agent.state_dict()
         taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
         if not any(name.endswith("weight") for name in taken):
-            fail(f"--init-from {args.init_from} has no weights of the names and shapes that are needed here")
+            fail(f"--init-from {args.init_from} has no weights that fit: their names or shapes differ")
         agent.load_state_dict(taken, strict=False)
         print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
-    encoder = getattr(agent, "encoder", nn.Identity())  # the convolutions, if there are any
     for network in networks:
-        parameters = [*encoder.parameters(), *network.parameters()]  # a weight and a bias of each layer
+        parameters = list(network.parameters())  # a weight and a bias of each layer
         if 2 * args.freeze >= len(parameters):
             fail(f"--freeze must be less than the number of layers, {len(parameters) // 2}")
         for x in parameters[: 2 * args.freeze]:
@@ -332,12 +317,13 @@ def select_device(name):
 
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
-    is_atari = (env_id := args.env_id.removeprefix("ale_py:")).startswith("ALE/")
+    env_id = args.env_id.removeprefix("ale_py:")
+    is_atari = env_id.startswith("ALE/")
     options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
-        if is_atari:  # ale-py's own vector environment cannot render; unlike it, this does not press FIRE at a start
+        if is_atari:  # ale-py's own vector environment cannot render; this substitute does not press FIRE at a start
             stack = partial(gym.wrappers.FrameStackObservation, stack_size=4, padding_type="zero")
             options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
     elif is_atari:
@@ -346,9 +332,9 @@ def make_envs(args, num_envs, eval_folder=None):
         envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
         if isinstance(space, gym.spaces.Dict):
-            parts = [key for key, part in space.items() if part.shape is not None or isinstance(part, gym.spaces.Dict)]
+            parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             if len(parts) < len(space):  # the others are texts, as MiniGrid's mission
-                print(f"of the observation only these parts are used: {', '.join(parts)}")
+                print(f"only these parts of the observation are used: {', '.join(parts)}")
                 envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
@@ -363,7 +349,7 @@ def make_envs(args, num_envs, eval_folder=None):
 
 
 def evaluate(agent, args, folder):
-    """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
+    """Play whole episodes, not seen in training, with the deterministic policy; print and return their returns."""
     envs = make_envs(args, 1, eval_folder=folder)
     act = agent.numpy_policy()
     returns = np.zeros(args.eval_episodes)
@@ -421,7 +407,7 @@ class Run(AbstractContextManager):
             self.episode[:, n] = 0
 
     def log_update(self, scalars, **inputs):
-        """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
+        """Log the scalars of an update, if due; they and its inputs (arrays) must be finite. A checkpoint, if due."""
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
             for name, values in (inputs | scalars).items():
                 assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
@@ -435,7 +421,7 @@ class Run(AbstractContextManager):
 
     def save(self):
         """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
-        assert all(x.isfinite().all() for x in self.modules["agent"].parameters()), "a weight is not finite"
+        assert all(x.isfinite().all() for x in self.modules["agent"].state_dict().values()), "a weight is not finite"
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
         torch.save(state, self.folder / "checkpoint.tmp")

@@ -73,8 +73,8 @@ class Args:
     checkpoint_interval: int = 50_000  # environment steps between checkpoints
     resume: str = ""  # go on from this checkpoint, in its folder, with its arguments; a flag given beside it wins
     evaluate: str = ""  # no training: play the evaluation episodes of this checkpoint
-    init_from: str = ""  # start with the weights in this checkpoint, of this file, where names and shapes agree
-    freeze: int = 0  # do not train the first layers of each network, as many as this (convolutions count)
+    init_from: str = ""  # start from the weights of another run of this file, where names and shapes agree
+    freeze: int = 0  # the first N layers of each network do not learn (convolutions count)
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():
@@ -102,10 +102,10 @@ def mlp(input_size, hidden_sizes, output_size, gain):
 
 def nature_cnn(channels, height, width):
     """Features, (B, 512), of images scaled to [0, 1], (B, channels, height, width): Mnih et al. (2015)."""
-    layers = []
-    for in_channels, out_channels, size, stride in ((channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)):
-        layers += [layer_init(nn.Conv2d(in_channels, out_channels, size, stride)), nn.ReLU()]
-    convolutions = nn.Sequential(*layers, nn.Flatten())
+    conv1 = layer_init(nn.Conv2d(channels, 32, 8, stride=4))
+    conv2 = layer_init(nn.Conv2d(32, 64, 4, stride=2))
+    conv3 = layer_init(nn.Conv2d(64, 64, 3, stride=1))
+    convolutions = nn.Sequential(conv1, nn.ReLU(), conv2, nn.ReLU(), conv3, nn.ReLU(), nn.Flatten())
     num_features = convolutions(torch.zeros(1, channels, height, width)).shape[1]
     return nn.Sequential(convolutions, layer_init(nn.Linear(num_features, 512)), nn.ReLU())
 
@@ -121,11 +121,11 @@ class RunningMeanStd(nn.Module):
 
     def update(self, rows):
         rows = torch.as_tensor(rows, dtype=torch.float32, device=self.mean.device)
-        share = len(rows) / (self.count + len(rows))  # of the new rows among all
+        self.count += len(rows)
+        share = len(rows) / self.count  # of the new rows among all
         delta = rows.mean(0) - self.mean
         self.var += share * (rows.var(0, correction=0) - self.var + (1 - share) * delta.square())
         self.mean += share * delta
-        self.count += len(rows)
 
 
 class Agent(nn.Module):
@@ -144,7 +144,7 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        elif self.is_multi:  # k actions at once, of up to n values; a value that one does not have gets a logit of -1e8
+        elif self.is_multi:  # k actions at once, of up to n values; those that an action lacks get the logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
@@ -176,7 +176,7 @@ class Agent(nn.Module):
         return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def numpy_policy(self, rng=None):
-        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...): three times as fast as torch here."""
+        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...): on a few rows faster than torch."""
         layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.actor)[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
@@ -190,11 +190,10 @@ class Agent(nn.Module):
             x = x @ layers[-1][0] + layers[-1][1]
             if self.is_multi:
                 x = x.reshape(-1, *self.missing.shape) + self.missing.numpy(force=True)
-            if rng is None:
-                return x.argmax(-1) if self.is_discrete else x
-            if self.is_discrete:
-                return (x + rng.gumbel(size=x.shape)).argmax(-1)  # a sample of the softmax
-            return x + std * rng.standard_normal(x.shape, np.float32)
+            if rng is not None:  # Gumbel noise makes the argmax a sample of the softmax
+                noise = rng.gumbel(size=x.shape) if self.is_discrete else std * rng.standard_normal(x.shape, np.float32)
+                x = x + noise
+            return x.argmax(-1) if self.is_discrete else x
 
         return act
 
@@ -263,8 +262,7 @@ def trust_region_step(agent, parameters, x, actions, advantages, args):
 
     def fisher_vector_product(v):
         """Hv = ∇(∇KL·v), with damping."""
-        product = torch.autograd.grad(kl_gradient @ v, parameters, retain_graph=True)
-        return flat(product) + args.cg_damping * v
+        return flat(torch.autograd.grad(kl_gradient @ v, parameters, retain_graph=True)) + args.cg_damping * v
 
     # The natural gradient H⁻¹g, and the step along it that would use up δ if the KL were quadratic and H not damped.
     natural_gradient = conjugate_gradient(fisher_vector_product, g, args.cg_iters)
@@ -274,21 +272,19 @@ def trust_region_step(agent, parameters, x, actions, advantages, args):
 
     # The line search: the longest of the steps that keeps to δ and improves L, or none.
     old_theta = flat(parameters).detach()
+    steps = [args.line_search_decay**j * full_step for j in range(args.line_search_steps)]
+    steps = [*steps, 0] if steps else [full_step]  # at last none; without a line search the full one, unchecked
     with torch.no_grad():
-        for j in range(max(args.line_search_steps, 1)):
-            vector_to_parameters(old_theta + args.line_search_decay**j * full_step, parameters)
+        for j in range(len(steps)):
+            vector_to_parameters(old_theta + steps[j], parameters)
             objective, kl = surrogate()
-            accepted = args.line_search_steps == 0 or bool(kl <= args.target_kl and objective > old_objective)
-            if accepted:
+            if kl <= args.target_kl and objective > old_objective:
                 break
-        if not accepted:
-            vector_to_parameters(old_theta, parameters)
-            objective, kl = surrogate()
     return {
         "losses/kl": kl.item(),
         "losses/entropy": old_policy.entropy().mean().item(),
         "losses/surrogate_improvement": (objective - old_objective).item(),
-        "losses/line_search_steps": j + 1 - accepted,  # how often the step was cut back, or refused
+        "losses/line_search_steps": j,  # how often the step was cut back, or refused
         "losses/cg_residual": ((g - H_gradient).norm() / g.norm().clamp(min=1e-20)).item(),
     }
 
@@ -299,7 +295,7 @@ def train(args):
     torch.manual_seed(args.seed)
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    transfer(args, agent, agent.actor, agent.critic)
+    transfer(args, agent, nn.Sequential(agent.encoder, agent.actor), nn.Sequential(agent.encoder, agent.critic))
     parameters = [x for name, x in agent.named_parameters() if x.requires_grad and not name.startswith("critic")]  # θ
     optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     T, N = args.num_steps, args.num_envs
@@ -309,7 +305,7 @@ def train(args):
     with Run(args, agent=agent, critic_optimizer=optimizer) as run:
         optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
-        rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of an environment
+        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
         obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
         actions = np.stack([agent.numpy_policy()(obs[0])] * T)
         rewards, discounted = np.zeros((2, T, N), np.float32)
@@ -344,8 +340,7 @@ def train(args):
 
             # 3. One step along the natural gradient, on the valid transitions.
             b_x, b_actions = x[:T][valid], torch.as_tensor(actions[valid], device=device)
-            b_advantages = torch.as_tensor(advantages[valid], device=device)
-            b_returns = torch.as_tensor(returns[valid], device=device)
+            b_advantages, b_returns = torch.as_tensor(np.stack([advantages[valid], returns[valid]]), device=device)
             scalars = trust_region_step(agent, parameters, b_x, b_actions, b_advantages, args)
 
             # 4. Fit V to R̂_t by least squares, in epochs of minibatches.
@@ -376,12 +371,11 @@ def transfer(args, agent, *networks):
         saved, own = load_checkpoint(args.init_from).get("agent", {}), agent.state_dict()
         taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
         if not any(name.endswith("weight") for name in taken):
-            fail(f"--init-from {args.init_from} has no weights of the names and shapes that are needed here")
+            fail(f"--init-from {args.init_from} has no weights that fit: their names or shapes differ")
         agent.load_state_dict(taken, strict=False)
         print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
-    encoder = getattr(agent, "encoder", nn.Identity())  # the convolutions, if there are any
     for network in networks:
-        parameters = [*encoder.parameters(), *network.parameters()]  # a weight and a bias of each layer
+        parameters = list(network.parameters())  # a weight and a bias of each layer
         if 2 * args.freeze >= len(parameters):
             fail(f"--freeze must be less than the number of layers, {len(parameters) // 2}")
         for x in parameters[: 2 * args.freeze]:
@@ -405,12 +399,13 @@ def select_device(name):
 
 def make_envs(args, num_envs, eval_folder=None):
     """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
-    is_atari = (env_id := args.env_id.removeprefix("ale_py:")).startswith("ALE/")
+    env_id = args.env_id.removeprefix("ale_py:")
+    is_atari = env_id.startswith("ALE/")
     options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
-        if is_atari:  # ale-py's own vector environment cannot render; unlike it, this does not press FIRE at a start
+        if is_atari:  # ale-py's own vector environment cannot render; this substitute does not press FIRE at a start
             stack = partial(gym.wrappers.FrameStackObservation, stack_size=4, padding_type="zero")
             options |= {"frameskip": 1, "wrappers": [gym.wrappers.AtariPreprocessing, stack, record]}
     elif is_atari:
@@ -419,9 +414,9 @@ def make_envs(args, num_envs, eval_folder=None):
         envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
         if isinstance(space, gym.spaces.Dict):
-            parts = [key for key, part in space.items() if part.shape is not None or isinstance(part, gym.spaces.Dict)]
+            parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             if len(parts) < len(space):  # the others are texts, as MiniGrid's mission
-                print(f"of the observation only these parts are used: {', '.join(parts)}")
+                print(f"only these parts of the observation are used: {', '.join(parts)}")
                 envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
@@ -436,7 +431,7 @@ def make_envs(args, num_envs, eval_folder=None):
 
 
 def evaluate(agent, args, folder):
-    """Play whole episodes of the deterministic policy, not seen in training; print and return their returns."""
+    """Play whole episodes, not seen in training, with the deterministic policy; print and return their returns."""
     envs = make_envs(args, 1, eval_folder=folder)
     act = agent.numpy_policy()
     returns = np.zeros(args.eval_episodes)
@@ -494,7 +489,7 @@ class Run(AbstractContextManager):
             self.episode[:, n] = 0
 
     def log_update(self, scalars, **inputs):
-        """The scalars of an update, which must be finite like the inputs (arrays); a checkpoint when due."""
+        """Log the scalars of an update, if due; they and its inputs (arrays) must be finite. A checkpoint, if due."""
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
             for name, values in (inputs | scalars).items():
                 assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
@@ -508,7 +503,7 @@ class Run(AbstractContextManager):
 
     def save(self):
         """Write another file and rename it: a kill at any moment leaves a whole checkpoint."""
-        assert all(x.isfinite().all() for x in self.modules["agent"].parameters()), "a weight is not finite"
+        assert all(x.isfinite().all() for x in self.modules["agent"].state_dict().values()), "a weight is not finite"
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"global_step": self.global_step, "args": vars(self.args) | {"resume": "", "evaluate": ""}}
         torch.save(state, self.folder / "checkpoint.tmp")
