@@ -287,6 +287,14 @@ def test_numbers_that_are_not_finite(algo, cli, flags, words):
     assert all(tensor.isfinite().all() for tensor in weights(read_checkpoint(result.folder)))
 
 
+def test_statistics_that_are_not_finite(cli):
+    """An observation of inf is clipped, so that no loss shows it; but the statistics do, before they are saved."""
+    flags = "--env-kwargs flaw inf --norm-obs --total-timesteps 100000 --checkpoint-interval 1"
+    result = cli(PPO, small(PPO, flags))
+    assert (result.status, "not finite" in result.err) == (1, True)
+    assert all(tensor.isfinite().all() for tensor in weights(read_checkpoint(result.folder)))
+
+
 # ---- transfer
 
 
