@@ -41,6 +41,8 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   # norm-weight it learned on four seeds of four, without it on two of five.
   # On Swimmer: even with gamma 0.9999 TRPO and PPO stayed at returns of 130 to 150 with one environment, on two seeds
   # each; with four environments they reached 350 and 310.
+  # On A2C's HalfCheetah: with 8 steps of 8 environments at 7e-4 seven runs of eight stay near 1,600; with 16 of 16 at 2e-3
+  # four of five get past 3,000.
   # On target-kl: without it ten epochs at 3e-4 moved PPO's HalfCheetah (256-256, first σ e^-2) by a KL of 0.15 a rollout,
   # and threw a policy worth 4,500 onto its back, where it stayed for 150,000 steps.
 

@@ -78,8 +78,9 @@ class Args:
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():
-            low = 1 if kind is int and name not in ("seed", "freeze", "learning_starts", "line_search_steps") else 0
-            if kind in (int, float) and name != "log_std_init" and not low <= getattr(self, name) < np.inf:
+            low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
+            numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
+            if name != "log_std_init" and not all(low <= x < np.inf for x in numbers):
                 fail(f"--{name.replace('_', '-')} must be at least {low} and finite")
 
 

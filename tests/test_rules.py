@@ -140,6 +140,7 @@ BAD = [  # flags, a word of the message
     *[(f"--{flag} 0", f"--{flag}") for flag in ("num-envs", "num-steps", "update-epochs", "eval-episodes")],
     ("--gae-lambda -0.1", "--gae-lambda"),
     ("--hidden-sizes 8 wide", "wide"),
+    ("--hidden-sizes 8 0", "--hidden-sizes"),
     ("--num-envs 2 --num-steps 8 --total-timesteps 15", "--total-timesteps"),
     ("--num-envs 2 --num-steps 8 --num-minibatches 9", "--num-minibatches"),
     ("--num-envs 2 --num-steps 7 --num-minibatches 7", "--num-minibatches"),
