@@ -1,8 +1,8 @@
 """Pong as the policy gradient is taught with it: what moves on the court, and two actions (Karpathy 2016).
 
     python envs/pong.py                                                # check it against Gymnasium's rules
-    python algos/reinforce.py --env-id envs.pong:PongDifference-v0 --hidden-sizes 200 --num-envs 8 --async-envs \
-        --weight reward-to-go --norm-weight --restart-returns --learning-rate 1e-3 --total-timesteps 20000000
+    python algos/reinforce.py --env-id envs.pong:PongDifference-v0 --total-timesteps 8000000 --num-envs 8 \
+        --hidden-sizes 200 --learning-rate 1e-3 --weight reward-to-go --norm-weight --restart-returns
 
 How a raw environment becomes one that can be learned from: this one stands around `ALE/Pong-v5` and changes what the
 agent sees (of 100,800 bytes 6,400 numbers) and what it can do. An episode is a game, to 21 points. Nothing after a
