@@ -152,38 +152,53 @@ class Agent(nn.Module):
 
 
 class ReplayBuffer:
-    """The last steps of N environments, in a ring of rows; s' is the observation of the next row."""
+    """The last steps of N environments, in a ring of rows; s' is the observation of the next row.
 
-    def __init__(self, size, num_envs, obs_space):
-        shape = (size // num_envs + 1, num_envs)
-        self.obs = np.zeros((*shape, *obs_space.shape), obs_space.dtype)
-        self.actions = np.zeros(shape, np.int64)
+    Of ale-py's stacks of four frames (stack=4) only the newest frame is stored, so that a million steps take 7 GB: the
+    stack of row t is the frames of rows t-3 to t, black before the start of the episode.
+    """
+
+    def __init__(self, size, num_envs, obs_space, stack=1):
+        shape = (size // num_envs + stack, num_envs)
+        frame_shape = obs_space.shape[1:] if stack > 1 else obs_space.shape
+        self.frames = np.zeros((*shape, *frame_shape), obs_space.dtype)
+        self.actions, self.age = np.zeros((2, *shape), np.int64)  # age: steps since the start of the episode
         self.rewards = np.zeros(shape, np.float32)
         self.terminated, self.valid = np.zeros((2, *shape), bool)
-        self.num_rows, self.num_envs = shape
+        self.num_rows, self.num_envs, self.stack = *shape, stack
         self.row = 0  # counts on; its place in the ring is row % num_rows
 
     def add(self, obs, actions, rewards, next_obs, terminated, valid):
         """A step of all environments, arrays (N, ...). valid: false if it only reset."""
-        place = self.row % self.num_rows
-        self.obs[place] = obs
+        place, next_place = self.row % self.num_rows, (self.row + 1) % self.num_rows
+        self.frames[place] = obs[:, -1] if self.stack > 1 else obs
+        self.frames[next_place] = next_obs[:, -1] if self.stack > 1 else next_obs
         self.actions[place] = actions
         self.rewards[place] = rewards
         self.terminated[place] = terminated
         self.valid[place] = valid
+        self.age[next_place] = (self.age[place] + 1) * valid  # 0 after a reset
         self.row += 1
-        self.obs[self.row % self.num_rows] = next_obs
+
+    def observations(self, rows, envs):
+        """Those of B rows and environments, (B, *obs_space.shape)."""
+        if self.stack == 1:
+            return self.frames[rows % self.num_rows, envs]
+        back = np.arange(self.stack)[::-1]
+        frames = self.frames[(rows[:, None] - back) % self.num_rows, envs[:, None]]
+        frames[back > self.age[rows % self.num_rows, envs][:, None]] = 0
+        return frames
 
     def sample(self, batch_size, rng):
         """B transitions, drawn uniformly: obs, actions, rewards, next_obs, terminated, each (B, ...)."""
-        oldest = max(0, self.row - self.num_rows + 1)
+        oldest = max(0, self.row - self.num_rows + self.stack)
         rows, envs = rng.integers(oldest, self.row, batch_size), rng.integers(self.num_envs, size=batch_size)
         while not (valid := self.valid[rows % self.num_rows, envs]).all():  # draw those anew that only reset
             rows[~valid] = rng.integers(oldest, self.row, (~valid).sum())
             envs[~valid] = rng.integers(self.num_envs, size=(~valid).sum())
         at = rows % self.num_rows, envs
-        next_obs = self.obs[(rows + 1) % self.num_rows, envs]
-        return self.obs[at], self.actions[at], self.rewards[at], next_obs, self.terminated[at]
+        obs, next_obs = self.observations(rows, envs), self.observations(rows + 1, envs)
+        return obs, self.actions[at], self.rewards[at], next_obs, self.terminated[at]
 
 
 # ==== DQN
@@ -216,7 +231,8 @@ def train(args):
         fail("--buffer-size must be at least twice --num-envs")
     if args.total_timesteps // (T * N) * T * N < max(args.learning_starts, T * N):
         fail(f"--total-timesteps must reach --learning-starts in multiples of {T * N} steps")
-    buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space)
+    stack = envs.single_observation_space.shape[0] if "ALE/" in args.env_id and agent.is_image else 1
+    buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space, stack)
 
     with Run(args, agent=agent, target=target, optimizer=optimizer) as run:
         first_step = run.global_step

@@ -69,12 +69,16 @@ def assert_saved(log_dir, **networks):
 # ---- replay buffers
 
 
+@pytest.mark.parametrize("env_id", ["tests.tiny_envs:Trace-v0", "ALE/Breakout-v5"])
 @pytest.mark.parametrize(("size", "num_envs"), [(2, 1), (43, 3), (1000, 3)])
-def test_buffer_of_dqn(size, num_envs):
+def test_buffer_of_dqn(env_id, size, num_envs):
     """Against a list of all transitions. In the place of the reward is the number of the transition."""
-    rng, N, history = np.random.default_rng(0), num_envs, []
-    envs = dqn.make_envs(dqn.Args(env_id="tests.tiny_envs:Trace-v0"), N)
-    buffer = dqn.ReplayBuffer(size, N, envs.single_observation_space)
+    is_atari, rng, N, history = "ALE" in env_id, np.random.default_rng(0), num_envs, []
+    if is_atari:
+        pytest.importorskip("ale_py")
+    kwargs = {"max_num_frames_per_episode": 60} if is_atari else {}
+    envs = dqn.make_envs(dqn.Args(env_id=env_id, env_kwargs=kwargs), N)
+    buffer = dqn.ReplayBuffer(size, N, envs.single_observation_space, stack=4 if is_atari else 1)
 
     def check(batch):
         for obs, action, reward, next_obs, terminated in zip(*batch, strict=True):
