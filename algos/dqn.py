@@ -14,8 +14,9 @@ one network choose the action and the other evaluate it:
     y = r + γ (1 - terminated) Q_targ(s', argmax_a' Q(s', a'))
 
 Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With no --hidden-sizes Q
-is linear, and on a Discrete observation, which is flattened to one-hot, a table. (The paper clips errors to ±1. We do
-not: the many small errors then outweigh the few large ones at the ends of episodes, and CartPole is learned less well.)
+is linear, and on a Discrete observation, which is flattened to one-hot, this is tabular Q-learning with replay.
+
+The paper clips errors to ±1. We do not: then the many small ones outweigh the few large ones at the ends of episodes.
 
 V. Mnih et al.: Human-level control through deep reinforcement learning, Nature 518, 2015. Double DQN: H. van Hasselt,
 A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, arXiv:1509.06461.
@@ -227,10 +228,8 @@ def train(args):
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     N, num_actions = args.num_envs, int(envs.single_action_space.n)
     T = max(args.train_frequency // N, 1)  # steps of each environment between updates
-    if args.buffer_size < 2 * N:
-        fail("--buffer-size must be at least twice --num-envs")
-    if args.total_timesteps // (T * N) * T * N < max(args.learning_starts, T * N):
-        fail(f"--total-timesteps must reach --learning-starts in multiples of {T * N} steps")
+    if args.buffer_size < 2 * N or args.total_timesteps // (T * N) * T * N < max(args.learning_starts, T * N):
+        fail(f"--buffer-size must be at least {2 * N}, --total-timesteps reach --learning-starts in steps of {T * N}")
     stack = envs.single_observation_space.shape[0] if "ALE/" in args.env_id and agent.is_image else 1
     buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space, stack)
 
