@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -285,6 +286,13 @@ def test_numbers_that_are_not_finite(algo, cli, flags, words):
     assert result.status == 1, result.err
     assert re.search(rf"\b({words})\b.* not finite", result.err.rstrip().splitlines()[-1]), result.err
     assert all(tensor.isfinite().all() for tensor in weights(read_checkpoint(result.folder)))
+
+
+def test_reward_that_is_not_a_number(cli, monkeypatch):
+    """Gymnasium's checker names it before its vector environment ends the run."""
+    monkeypatch.setattr(gym.registry["Odd-v0"], "disable_env_checker", False)
+    result = cli(PPO, small(PPO, "--env-kwargs reward text"))
+    assert (result.status, "reward returned by `step()` must be a float" in result.err) == (1, True)
 
 
 def test_statistics_that_are_not_finite(cli):
