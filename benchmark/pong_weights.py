@@ -19,7 +19,7 @@ from gymnasium import spaces
 sys.path.insert(0, str(Path(__file__).parents[1] / "algos"))
 import reinforce
 
-ROWS, COLUMNS = 4, 5  # of pictures on each side
+ROWS, COLUMNS = 3, 4  # of pictures on each side
 SPACE = spaces.Box(-1, 1, (80 * 80,), np.int8)
 
 
@@ -49,11 +49,11 @@ def draw(figure: plt.Figure, weights: np.ndarray, title: str) -> None:
 
 def main(path: Path, picture: Path) -> None:
     before, after = first_weights(torch.load(path, map_location="cpu", weights_only=True))
-    figure = plt.figure(figsize=(15, 5.6), layout="constrained")
+    figure = plt.figure(figsize=(12, 4.3), layout="constrained")
     left, right = figure.subfigures(1, 2)
     draw(left, before, "before training")
     draw(right, after, "after training")
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture, dpi=100)
     plt.close(figure)
 
 
