@@ -200,7 +200,9 @@ OBSERVATIONS = {
     "MultiBinary": spaces.MultiBinary(4),
     "Dict": spaces.Dict({"b": spaces.Discrete(3), "a": spaces.Dict({"c": VECTOR})}),
     "DictOfImage": spaces.Dict({"image": spaces.Box(0, 255, (60, 60, 3), np.uint8)}),
-    "DictWithText": spaces.Dict({"text": spaces.Text(9), "vector": VECTOR, "mission": Mission()}),
+    "DictWithText": spaces.Dict(
+        {"text": spaces.Text(9), "mission": Mission(), "pair": spaces.Tuple((spaces.Discrete(2), VECTOR))}
+    ),
     "Tuple": spaces.Tuple((VECTOR, spaces.Discrete(3), spaces.Box(0, 255, (2, 2), np.uint8))),
     "ChannelsFirst": spaces.Box(0, 255, (3, 36, 40), np.uint8),
     "ChannelsLast": spaces.Box(0, 255, (40, 36, 1), np.uint8),
