@@ -1,21 +1,18 @@
 r"""Deep Deterministic Policy Gradient (DDPG).
 
-DQN takes a maximum over actions, which a continuous space does not allow. DDPG trains a second network to find it: the
-actor μ(s) climbs up the gradient of the critic Q(s, a) with respect to the action. The critic is fitted as in DQN,
-on transitions from a replay buffer, with the actor's action in place of the best one; the targets come from slow copies
-of both networks.
+DQN takes a maximum over actions, which a continuous space does not allow. DDPG trains a second network to find it:
+the actor μ(s) climbs the gradient of the critic Q(s, a) with respect to the action. The critic is fitted as in DQN, on
+transitions from a replay buffer, with the actor's action instead of the best one, and targets from slow copies of both.
 
     y = r + γ (1 - terminated) Q_targ(s', μ_targ(s'))
     critic:   minimise E[ (Q(s, a) - y)² ]; y is a constant           actor:   maximise E[ Q(s, μ(s)) ]
     φ_targ ← τ φ + (1 - τ) φ_targ, for the parameters φ of both
 
 μ is deterministic, so noise is added to its actions for exploration. Actions and noise are in units of half the range
-of each axis, so that the bounds are -1 and 1 (an axis without two bounds: in its own units). Either every step's noise
-is new, ε_t ~ N(0, σ²), or it follows an Ornstein-Uhlenbeck process and keeps pushing one way for about 1/θ steps:
+of each axis, so that the bounds are -1 and 1 (an axis without two bounds: in its own units). Either the noise of each
+step is new, ε_t ~ N(0, σ²), or it is an Ornstein-Uhlenbeck process, which keeps pushing one way for about 1/θ steps:
 
-    x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15 (θ = 1 is white noise again)
-
-In the long run its standard deviation is σ, too (the paper's σ = 0.2, of the increments, is σ = 0.38 here).
+    x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15;  its std is σ in the long run, too
 
 T. P. Lillicrap, J. J. Hunt, A. Pritzel, N. Heess, T. Erez, Y. Tassa, D. Silver, D. Wierstra: Continuous control with
 deep reinforcement learning, 2016, arXiv:1509.02971. Most defaults are those of S. Fujimoto, H. van Hoof, D. Meger:
@@ -93,7 +90,7 @@ def mlp(input_size, hidden_sizes, output_size):
 
 
 class Agent(nn.Module):
-    """Actor μ(s), in [-1, 1], and critic Q(s, a) of vectors s."""
+    """Actor μ(s), in [-1, 1], and critic Q(s, a), of vectors s."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
@@ -106,21 +103,17 @@ class Agent(nn.Module):
         low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
         self.centre, self.half_range = (low + high) / 2, (high - low) / 2
         self.num_actions = int(np.prod(action_space.shape))
-        self.actor = mlp(obs_space.shape[0], args.hidden_sizes, self.num_actions)
+        self.actor = nn.Sequential(*mlp(obs_space.shape[0], args.hidden_sizes, self.num_actions), nn.Tanh())
         self.critic = mlp(obs_space.shape[0] + self.num_actions, args.hidden_sizes, 1)
 
-    def mu(self, x):
-        """μ(s) in [-1, 1], shape (B, number of axes), of observations x."""
-        return self.actor(x).tanh()
-
-    def q(self, x, actions):
-        """Q(s, a), shape (B,), for actions in [-1, 1]."""
-        return self.critic(torch.cat([x, actions], 1)).squeeze(1)
+    def q(self, obs, actions):
+        """Q(s, a), shape (B,), of observations (B, obs_size) and actions (B, num_actions) in [-1, 1]."""
+        return self.critic(torch.cat([obs, actions], 1)).squeeze(1)
 
     def numpy_policy(self):
         """μ as a function of arrays (B, ...); it follows the weights as they learn."""
         device = self.actor[0].weight.device
-        return lambda obs: self.mu(torch.as_tensor(obs, dtype=torch.float32, device=device)).numpy(force=True)
+        return lambda obs: self.actor(torch.as_tensor(obs, dtype=torch.float32, device=device)).numpy(force=True)
 
     def to_env(self, actions):
         """Actions as the environment takes them: scaled from [-1, 1] to the bounds of each axis, and clipped."""
@@ -133,34 +126,30 @@ class ReplayBuffer:
     """The last transitions (s, a, r, s', terminated), in a ring of `size` places."""
 
     def __init__(self, size, obs_size, num_actions):
-        self.obs, self.next_obs = np.zeros((2, size, obs_size), np.float32)
-        self.actions = np.zeros((size, num_actions), np.float32)
-        self.rewards = np.zeros(size, np.float32)
-        self.terminated = np.zeros(size, bool)
+        obs, next_obs = np.zeros((2, size, obs_size), np.float32)
+        actions = np.zeros((size, num_actions), np.float32)
+        rewards, terminated = np.zeros(size, np.float32), np.zeros(size, bool)
+        self.arrays = obs, actions, rewards, next_obs, terminated
         self.size, self.added = size, 0
 
-    def add(self, obs, actions, rewards, next_obs, terminated):
-        """Put in B transitions, arrays (B, ...)."""
-        places = (self.added + np.arange(len(rewards))) % self.size
-        self.obs[places] = obs
-        self.actions[places] = actions
-        self.rewards[places] = rewards
-        self.next_obs[places] = next_obs
-        self.terminated[places] = terminated
-        self.added += len(rewards)
+    def add(self, *transitions):
+        """Put in B transitions: obs, actions, rewards, next_obs, terminated, arrays (B, ...)."""
+        places = (self.added + np.arange(len(transitions[0]))) % self.size
+        for array, values in zip(self.arrays, transitions, strict=True):
+            array[places] = values
+        self.added += len(places)
 
     def sample(self, batch_size, rng, device):
         """B transitions, drawn uniformly, as tensors: obs, actions, rewards, next_obs, terminated, each (B, ...)."""
         places = rng.integers(min(self.added, self.size), size=batch_size)
-        arrays = (self.obs, self.actions, self.rewards, self.next_obs, self.terminated)
-        return [torch.as_tensor(array[places], device=device) for array in arrays]
+        return [torch.as_tensor(array[places], device=device) for array in self.arrays]
 
 
 # ==== DDPG
 @torch.no_grad()
 def bellman_target(target, rewards, next_obs, terminated, args):
     """y of B transitions, (B,)."""
-    return rewards + args.gamma * ~terminated * target.q(next_obs, target.mu(next_obs))
+    return rewards + args.gamma * ~terminated * target.q(next_obs, target.actor(next_obs))
 
 
 @torch.no_grad()
@@ -226,16 +215,14 @@ def train(args):
                     critic_loss.backward()
                     critic_optimizer.step()
 
-                    actor_loss = -agent.q(b_obs, agent.mu(b_obs)).mean()
+                    actor_loss = -agent.q(b_obs, agent.actor(b_obs)).mean()
                     actor_optimizer.zero_grad()
                     actor_loss.backward(inputs=actor_parameters)
                     actor_optimizer.step()
                     update_target(target, agent, args.tau)
-                scalars |= {
-                    "losses/critic_loss": critic_loss.item(),
-                    "losses/actor_loss": actor_loss.item(),
-                    "losses/q_values": q.mean().item(),
-                }
+                scalars["losses/critic_loss"] = critic_loss.item()
+                scalars["losses/actor_loss"] = actor_loss.item()
+                scalars["losses/q_values"] = q.mean().item()
 
             # 3. Log, and save when due.
             run.log_update(scalars, observations=next_obs, rewards=rewards)
@@ -269,10 +256,9 @@ def fail(message):
 
 
 def select_device(name):
-    if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.zeros(1, device=name).device  # raises if there is none
+        return torch.zeros(1, device=accelerator if name == "auto" else name).device  # raises if there is none
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} cannot be used: {error}")
 
@@ -293,16 +279,12 @@ def make_envs(args, num_envs, eval_folder=None):
     try:
         envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
-        if isinstance(space, gym.spaces.Dict):
+        if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
-            if len(parts) < len(space):  # the others are texts, as MiniGrid's mission
-                print(f"only these parts of the observation are used: {', '.join(parts)}")
-                envs = gym.wrappers.vector.FilterObservation(envs, parts)
+            envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
-            if gym.spaces.flatdim(envs.single_observation_space) > 10_000:
-                print("warning: more than 10,000 inputs; gymnasium.wrappers.TransformObservation can pick out an image")
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
         assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP, "it must reset on the next step"
         return envs

@@ -14,9 +14,8 @@ one network choose the action and the other evaluate it:
     y = r + γ (1 - terminated) Q_targ(s', argmax_a' Q(s', a'))
 
 Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With no --hidden-sizes Q
-is linear, and on a Discrete observation, which is flattened to one-hot, this is tabular Q-learning with replay.
-
-The paper clips errors to ±1. We do not: then the many small ones outweigh the few large ones at the ends of episodes.
+is linear, and on a Discrete observation, which is flattened to one-hot, this is tabular Q-learning with replay. The
+paper clips errors to ±1. We do not: then the many small ones outweigh the few large ones at the ends of episodes.
 
 V. Mnih et al.: Human-level control through deep reinforcement learning, Nature 518, 2015. Double DQN: H. van Hasselt,
 A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, arXiv:1509.06461.
@@ -307,10 +306,9 @@ def fail(message):
 
 
 def select_device(name):
-    if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.zeros(1, device=name).device  # raises if there is none
+        return torch.zeros(1, device=accelerator if name == "auto" else name).device  # raises if there is none
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} cannot be used: {error}")
 
@@ -331,16 +329,12 @@ def make_envs(args, num_envs, eval_folder=None):
     try:
         envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
-        if isinstance(space, gym.spaces.Dict):
+        if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
-            if len(parts) < len(space):  # the others are texts, as MiniGrid's mission
-                print(f"only these parts of the observation are used: {', '.join(parts)}")
-                envs = gym.wrappers.vector.FilterObservation(envs, parts)
+            envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
-            if gym.spaces.flatdim(envs.single_observation_space) > 10_000:
-                print("warning: more than 10,000 inputs; gymnasium.wrappers.TransformObservation can pick out an image")
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
         assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP, "it must reset on the next step"
         return envs

@@ -390,10 +390,9 @@ def fail(message):
 
 
 def select_device(name):
-    if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.zeros(1, device=name).device  # raises if there is none
+        return torch.zeros(1, device=accelerator if name == "auto" else name).device  # raises if there is none
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} cannot be used: {error}")
 
@@ -414,16 +413,12 @@ def make_envs(args, num_envs, eval_folder=None):
     try:
         envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
         space = envs.single_observation_space
-        if isinstance(space, gym.spaces.Dict):
+        if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
-            if len(parts) < len(space):  # the others are texts, as MiniGrid's mission
-                print(f"only these parts of the observation are used: {', '.join(parts)}")
-                envs = gym.wrappers.vector.FilterObservation(envs, parts)
+            envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
-            if gym.spaces.flatdim(envs.single_observation_space) > 10_000:
-                print("warning: more than 10,000 inputs; gymnasium.wrappers.TransformObservation can pick out an image")
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
         assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP, "it must reset on the next step"
         return envs

@@ -199,7 +199,6 @@ OBSERVATIONS = {
     "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
     "MultiBinary": spaces.MultiBinary(4),
     "Dict": spaces.Dict({"b": spaces.Discrete(3), "a": spaces.Dict({"c": VECTOR})}),
-    "DictOfImage": spaces.Dict({"image": spaces.Box(0, 255, (60, 60, 3), np.uint8)}),
     "DictWithText": spaces.Dict(
         {"text": spaces.Text(9), "mission": Mission(), "pair": spaces.Tuple((spaces.Discrete(2), VECTOR))}
     ),
