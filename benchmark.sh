@@ -129,6 +129,8 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
 
   experiment reinforce envs.pong:PongDifference-v0 8000000 --num-envs 8 --hidden-sizes 200 --learning-rate 1e-3 \
     --weight reward-to-go --norm-weight --restart-returns
+  experiment ppo envs.pong:PongDifference-v0 2000000 --num-envs 16 --num-steps 128 --num-minibatches 8 \
+    --update-epochs 4 --hidden-sizes 200 --learning-rate 5e-4 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.01 --norm-obs
 
   experiment a2c  BipedalWalker-v3 2260000 --num-steps 16 --learning-rate 1e-3 --gamma 0.99 --gae-lambda 0.9 \
     --log-std-init -1 --norm-obs --norm-reward
