@@ -155,7 +155,8 @@ def bellman_target(target, rewards, next_obs, terminated, args):
 @torch.no_grad()
 def update_target(target, online, tau):
     """Polyak averaging, φ_targ ← τ φ + (1-τ) φ_targ; with τ = 1 a copy."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+    for old, new in zip(target.parameters(), online.parameters(), strict=True):
+        old.lerp_(new, tau)
 
 
 def train(args):
@@ -197,11 +198,10 @@ def train(args):
                 actions = (act(obs) + noise).clip(-1, 1)
             next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
             rewards = rewards * valid
-            ended = terminated | truncated
             buffer.add(obs[valid], actions[valid], rewards[valid], next_obs[valid], terminated[valid])
-            run.log_step(rewards, valid, ended)
+            run.log_step(rewards, valid, terminated | truncated)
             noise *= valid[:, None]  # x = 0 before an episode: after a step that only reset
-            obs, valid = next_obs, ~ended
+            obs, valid = next_obs, ~(terminated | truncated)
 
             # 2. As many gradient steps as environment steps, on transitions from the buffer.
             scalars = {"charts/learning_rate": args.learning_rate}

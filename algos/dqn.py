@@ -213,7 +213,8 @@ def bellman_target(agent, target, rewards, next_x, terminated, args):
 @torch.no_grad()
 def update_target(target, online, tau):
     """Polyak averaging, φ_targ ← τ φ + (1-τ) φ_targ; with τ = 1 a copy."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+    for old, new in zip(target.parameters(), online.parameters(), strict=True):
+        old.lerp_(new, tau)
 
 
 def train(args):
@@ -228,7 +229,7 @@ def train(args):
     N, num_actions = args.num_envs, int(envs.single_action_space.n)
     T = max(args.train_frequency // N, 1)  # steps of each environment between updates
     if args.buffer_size < 2 * N or args.total_timesteps // (T * N) * T * N < max(args.learning_starts, T * N):
-        fail(f"--buffer-size must be at least {2 * N}, --total-timesteps reach --learning-starts in steps of {T * N}")
+        fail(f"--buffer-size must be at least {2 * N}, --total-timesteps {T * N}, and no less than --learning-starts")
     stack = envs.single_observation_space.shape[0] if "ALE/" in args.env_id and agent.is_image else 1
     buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space, stack)
 
@@ -248,10 +249,9 @@ def train(args):
                 actions = np.where(rng.random(N) < epsilon, rng.integers(num_actions, size=N), act(obs))
                 next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
                 rewards = rewards * valid
-                ended = terminated | truncated
                 buffer.add(obs, actions, rewards, next_obs, terminated, valid)
-                run.log_step(rewards, valid, ended)
-                obs, valid = next_obs, ~ended
+                run.log_step(rewards, valid, terminated | truncated)
+                obs, valid = next_obs, ~(terminated | truncated)
 
             # 2. Gradient steps, on transitions from the buffer.
             progress = (run.global_step - T * N) / args.total_timesteps  # before these steps
