@@ -23,6 +23,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small networks gain nothing from threads
 import pytest
 import torch
+import torch.multiprocessing as multiprocessing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.tiny_envs import Trace
@@ -31,8 +32,26 @@ ROOT = Path(__file__).resolve().parent.parent
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job ignore it
 ALGOS = sorted((ROOT / "algos").glob("*.py"))
 PPO = ROOT / "algos/ppo.py"  # for what is the same text in every file, see shared.py
-EVAL_LINE = r"eval: mean_return=-?\d+\.\d\d std=\d+\.\d\d episodes=\d+ checkpoint=(\S+)"
-ACTIONS = {"dqn": {"Discrete"}, "ddpg": {"Box"}}  # what a file takes, if not both
+ACTIONS = {"dqn": {"Discrete"}, "ddpg": {"Box"}}  # what a file takes, if not all kinds
+
+# A spawned process imports torch, which takes seconds. So the workers of a run in the test's process are forked, unless
+# there is a GPU, which a forked process cannot use. Those of a script that `launch` starts are spawned, as for a user.
+START_METHOD = "fork" if sys.platform == "linux" and not torch.accelerator.is_available() else "spawn"
+
+
+def as_if_spawned(rank, function, *args):
+    """Without the signal handler of the process from which this one was forked."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    function(rank, *args)
+
+
+def spawn(function, args, num_processes, join):
+    """In the place of torch.multiprocessing.spawn."""
+    args = function, *args
+    return multiprocessing.start_processes(as_if_spawned, args, num_processes, join, start_method=START_METHOD)
+
+
+multiprocessing.spawn = spawn
 
 STEPS = 80  # whole rollouts of every file, with these settings; each file gets those that it has
 SMALL = {
@@ -52,7 +71,7 @@ SMALL = {
 }
 
 
-@pytest.fixture(params=ALGOS, ids=[path.stem for path in ALGOS])
+@pytest.fixture(scope="module", params=ALGOS, ids=[path.stem for path in ALGOS])
 def algo(request) -> Path:
     """Each algorithm file in turn."""
     return request.param
@@ -82,11 +101,6 @@ def train(module, env, log_dir, **args):
     own = dict(env_id=f"tests.tiny_envs:{env}-v0", log_dir=str(log_dir), device="cpu", hidden_sizes=(8,))
     args = {name: value for name, value in (SMALL | own | args).items() if name in module.Args.__annotations__}
     return module.train(module.Args(**args))
-
-
-def wait_for_the_next_second() -> None:
-    """Before a run is resumed: TensorBoard orders the logs of a folder by the second in which they begin."""
-    time.sleep(1 - time.time() % 1)
 
 
 # ---- what a run leaves
@@ -126,7 +140,10 @@ class Result:
     def check(self) -> "Result":
         """Assert that the script ended well, and said so in the agreed form."""
         assert self.status == 0, self.err
-        assert re.fullmatch(EVAL_LINE, self.out.splitlines()[-1]), self.out
+        form = r"eval: mean_return=-?\d+\.\d\d std=\d+\.\d\d episodes=\d+ checkpoint=(\S+)"
+        last_line = re.fullmatch(form, self.out.splitlines()[-1])
+        assert last_line, self.out
+        assert (self.cwd / last_line[1]).exists()
         return self
 
 
@@ -163,16 +180,11 @@ def run_inside(path: Path, flags: str, cwd: Path) -> Result:
 
 
 @pytest.fixture
-def cli(tmp_path):
+def cli(tmp_path_factory):
     """run_inside, each time in an empty folder (or in the one given)."""
 
     def run(path: Path, flags: str = "", cwd: Path | None = None) -> Result:
-        if cwd is None:
-            cwd = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-            cwd.mkdir()
-        if "--resume" in flags:
-            wait_for_the_next_second()
-        return run_inside(path, flags, cwd)
+        return run_inside(path, flags, cwd or tmp_path_factory.mktemp("run"))
 
     return run
 
@@ -191,25 +203,17 @@ class Launched:
             assert self.process.poll() is None, (self.cwd / "stderr").read_text()
             time.sleep(0.002)
 
-    def stop(self, number: int = 0, group: bool = False, timeout: float = 60) -> Result:
-        """Send a signal (0: none), to its children too if `group`; wait for the end and return the result."""
+    def stop(self, number: int = 0) -> Result:
+        """Send a signal (0: none), Ctrl-C's also to its children; wait for the end and return the result."""
         if number:
-            (os.killpg if group else os.kill)(self.process.pid, number)
-        status = self.process.wait(timeout)
+            (os.killpg if number == signal.SIGINT else os.kill)(self.process.pid, number)
+        status = self.process.wait(timeout=60)
         return Result(status, (self.cwd / "stdout").read_text(), (self.cwd / "stderr").read_text(), self.cwd)
 
 
 def children(process) -> list[int]:
-    """The process ids of its workers."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        if fields[0] != "Z":
-            parents[int(path.parent.name)] = int(fields[1])
-    return [child for child, parent in parents.items() if parent == process.pid]
+    """The process ids of its children."""
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ Use one as `tests.tiny_envs:Bandit-v0`, from the root of the repository.
 """
 
 import copy
+from collections import defaultdict
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -15,14 +16,12 @@ from gymnasium import spaces
 
 
 class Choice(gym.Env):
-    """The base of those below: one of two things is asked for, by the observation k, 0 or 1."""
+    """The observation k, 0 or 1, asks for one of two things. play(action): the reward, and whether the episode ends."""
+
+    observation_space = spaces.Discrete(2)
 
     def observation(self):
         return self.k
-
-    def play(self, action):
-        """The reward, and whether the episode ends."""
-        raise NotImplementedError
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -55,7 +54,6 @@ class Alive(Choice):
     The best policy lives for ever, but for the clock: every state is worth 1 / (1 - gamma).
     """
 
-    observation_space = spaces.Discrete(2)
     action_space = spaces.Discrete(2)
 
     def play(self, action):
@@ -65,17 +63,10 @@ class Alive(Choice):
 class Copy(Choice):
     """One step: each of three actions with 2, 3 and 4 values should be the k that is observed; the share that is."""
 
-    observation_space = spaces.Discrete(2)
     action_space = spaces.MultiDiscrete([2, 3, 4])
 
     def play(self, action):
         return np.mean(action == self.k), True
-
-
-class CopyBits(Copy):
-    """The same with three bits."""
-
-    action_space = spaces.MultiBinary(3)
 
 
 class Target(Choice):
@@ -84,7 +75,6 @@ class Target(Choice):
     The target is in units in which the bounds of an axis are -1 and 1; the last axis has none.
     """
 
-    observation_space = spaces.Discrete(2)
     action_space = spaces.Box(np.float32([2, -300, -np.inf]), np.float32([6, -100, np.inf]))
     centre, half_range = np.array([4, -200, 0]), np.array([2, 100, 1])
     target = np.array([0.5, -0.8, 0.7])
@@ -107,6 +97,15 @@ class Step(NamedTuple):
     reward: float
     terminated: bool
     truncated: bool
+
+
+def ended_episodes(steps):
+    """Return and length of each episode that has ended in these steps, sorted."""
+    episodes = defaultdict(list)
+    for step in steps:
+        episodes[step.env, step.episode].append(step)
+    ended = [episode for episode in episodes.values() if episode[-1].terminated or episode[-1].truncated]
+    return sorted((sum(step.reward for step in episode), len(episode)) for episode in ended)
 
 
 class Trace(gym.Env):
@@ -211,7 +210,6 @@ OBSERVATIONS = {
 }
 UNFIT_OBSERVATIONS = {
     "Sequence": spaces.Sequence(VECTOR),
-    "Graph": spaces.Graph(VECTOR, None),
     "DictOfSequence": spaces.Dict({"a": spaces.Dict({"b": spaces.Sequence(VECTOR)})}),
     "Opaque": gym.Space((), np.float32),  # a space of one's own, which Gymnasium cannot flatten
 }
@@ -228,8 +226,6 @@ ACTIONS = {
     "Unbounded": spaces.Box(np.array([-np.inf, -1], np.float32), np.array([np.inf, 1], np.float32)),
     "HalfBounded": spaces.Box(np.array([0, -np.inf], np.float32), np.array([np.inf, 0], np.float32)),
     "Widest": spaces.Box(-MAX, MAX, (2,)),
-}
-MULTI_ACTIONS = {  # for the policy gradients
     "MultiDiscrete": spaces.MultiDiscrete([2, 4, 3]),
     "MatrixOfDiscretes": spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[0, 5], [-2, 1]]),
     "MultiBinary": spaces.MultiBinary(3),
@@ -255,7 +251,7 @@ class Odd(gym.Env):
         if broken:
             raise RuntimeError("no licence for the simulator")
         self.observation_space = copy.deepcopy((OBSERVATIONS | UNFIT_OBSERVATIONS)[observe])
-        self.action_space = copy.deepcopy((ACTIONS | MULTI_ACTIONS | UNFIT_ACTIONS)[act])
+        self.action_space = copy.deepcopy((ACTIONS | UNFIT_ACTIONS)[act])
         self.reward, self.length, self.growth, self.flaw, self.episodes = reward, length, growth, flaw, 0
 
     def reset(self, *, seed=None, options=None):
@@ -292,7 +288,6 @@ ENVS = {
     "Alive-v0": dict(entry_point=Alive, max_episode_steps=10),
     "Target-v0": dict(entry_point=Target),
     "Copy-v0": dict(entry_point=Copy),
-    "CopyBits-v0": dict(entry_point=CopyBits),
     "Trace-v0": dict(entry_point=Trace),
     "PaidResets-v0": dict(entry_point=Trace, vector_entry_point=PaidResets),
     "Odd-v0": dict(entry_point=Odd),
