@@ -3,6 +3,9 @@
     python envs/pong.py                                                # check it against Gymnasium's rules
     python algos/reinforce.py --env-id envs.pong:PongDifference-v0 --total-timesteps 8000000 --num-envs 8 \
         --hidden-sizes 200 --learning-rate 1e-3 --weight reward-to-go --norm-weight --restart-returns
+    python algos/ppo.py --env-id envs.pong:PongDifference-v0 --total-timesteps 2000000 --num-envs 16 --num-steps 128 \
+        --num-minibatches 8 --update-epochs 4 --hidden-sizes 200 --learning-rate 5e-4 --gamma 0.99 --gae-lambda 0.95 \
+        --ent-coef 0.01 --norm-obs
 
 How a raw environment becomes one that can be learned from: this one stands around `ALE/Pong-v5` and changes what the
 agent sees (of 100,800 bytes 6,400 numbers) and what it can do. An episode is a game, to 21 points. Nothing after a
