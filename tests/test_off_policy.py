@@ -261,12 +261,12 @@ def test_run_of_ddpg(num_envs, monkeypatch, tmp_path):
         return agent.critic(torch.cat([obs, actions], 1))[:, 0]
 
     for _, (obs, actions, rewards, next_obs, terminated) in batches:
-        y = rewards + 0.9 * ~terminated * q(target, next_obs, target.actor(next_obs))
+        y = rewards + 0.9 * ~terminated * q(target, next_obs, target.actor[:-1](next_obs).tanh())
         loss = (q(mine, obs, actions) - y.detach()).pow(2).mean()
         critic.zero_grad()
         loss.backward()
         critic.step()
-        actor_loss = -q(mine, obs, mine.actor(obs)).mean()
+        actor_loss = -q(mine, obs, mine.actor[:-1](obs).tanh()).mean()
         actor.zero_grad()
         actor_loss.backward()
         actor.step()

@@ -379,7 +379,7 @@ def test_observations(cli, path, name):
 
 def test_texts_in_a_dict_are_left_out(cli):
     result = cli(PPO, small(PPO, "--env-kwargs observe DictWithText")).check()
-    assert read_checkpoint(result.folder)["agent"]["actor.0.weight"].shape == (8, 5)
+    assert read_checkpoint(result.folder)["agent"]["actor.0.weight"].shape == (8, 8)
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,12 @@ OBSERVATIONS = {
     "MultiBinary": spaces.MultiBinary(4),
     "Dict": spaces.Dict({"b": spaces.Discrete(3), "a": spaces.Dict({"c": VECTOR})}),
     "DictWithText": spaces.Dict(
-        {"text": spaces.Text(9), "mission": Mission(), "pair": spaces.Tuple((spaces.Discrete(2), VECTOR))}
+        {
+            "text": spaces.Text(9),
+            "mission": Mission(),
+            "a": spaces.Discrete(3),
+            "b": spaces.Tuple((spaces.Discrete(2), VECTOR)),
+        }
     ),
     "Tuple": spaces.Tuple((VECTOR, spaces.Discrete(3), spaces.Box(0, 255, (2, 2), np.uint8))),
     "ChannelsFirst": spaces.Box(0, 255, (3, 36, 40), np.uint8),
