@@ -253,6 +253,8 @@ def train(args):
                 rewards.append(np.float32(reward * active))
                 run.log_step(rewards[-1], active, active & (terminated | truncated))
                 active = active & ~(terminated | truncated)
+            if active.any():  # the budget cut these episodes: their returns are not known
+                break
             rewards, valid = np.stack(rewards), np.stack(valid)
             b_obs = np.stack(obs)[valid]
             b_x = torch.as_tensor(agent.preprocess(b_obs), device=device)
@@ -275,7 +277,7 @@ def train(args):
                 b_weights = (b_weights - b_weights.mean()) / (b_weights.std(correction=0) + 1e-8)
 
             # 3. θ ← θ + α g.
-            optimizer.param_groups[0]["lr"] = 0 if active.any() else learning_rate  # 0: the budget cut these episodes
+            optimizer.param_groups[0]["lr"] = learning_rate
             loss, entropy = reinforce_loss(agent, b_x, b_actions, b_weights, num_episodes=N)
             optimizer.zero_grad()
             loss.backward(inputs=theta)
