@@ -15,7 +15,7 @@ one network choose the action and the other evaluate it:
 
 Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With no --hidden-sizes Q
 is linear, and on a Discrete observation, which is flattened to one-hot, this is tabular Q-learning with replay. The
-paper clips errors to ±1. We do not: then the many small ones outweigh the few large ones at the ends of episodes.
+paper clips errors to ±1. We do not: the few large ones at the ends of episodes would be outweighed by the many small.
 
 V. Mnih et al.: Human-level control through deep reinforcement learning, Nature 518, 2015. Double DQN: H. van Hasselt,
 A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, arXiv:1509.06461.
@@ -287,8 +287,8 @@ def transfer(args, agent, *networks):
     if args.init_from and not args.resume:
         saved, own = load_checkpoint(args.init_from).get("agent", {}), agent.state_dict()
         taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
-        if not any(name.endswith("weight") for name in taken):
-            fail(f"--init-from {args.init_from} has no weights that fit: their names or shapes differ")
+        if not any(name.endswith("weight") for name in taken) or "obs_stats.mean" in saved.keys() - own.keys():
+            fail(f"--init-from {args.init_from} does not fit: no weights in common, or --norm-obs there and not here")
         agent.load_state_dict(taken, strict=False)
         print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
     for network in networks:
@@ -314,7 +314,7 @@ def select_device(name):
 
 
 def make_envs(args, num_envs, eval_folder=None):
-    """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
+    """A vector environment of vectors, or of uint8 images, channels first or last, of at least 36 x 36 pixels."""
     env_id = args.env_id.removeprefix("ale_py:")
     is_atari = env_id.startswith("ALE/")
     options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
@@ -348,7 +348,7 @@ def evaluate(agent, args, folder):
     act = agent.numpy_policy()
     returns = np.zeros(args.eval_episodes)
     for i in tqdm(range(args.eval_episodes), desc="evaluation (up to 27,000 steps each)"):
-        obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + i)
+        obs, _ = envs.reset(seed=(10**7 + 10**4 * args.seed + i) % 2**31)  # ale-py takes 31 bits
         for _ in range(27_000):  # half an hour of Atari
             obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(act(obs)))
             returns[i] += rewards.item()

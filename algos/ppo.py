@@ -114,7 +114,7 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("count", torch.zeros(shape))
+        self.register_buffer("count", torch.zeros(shape))  # of the same shape, so that --init-from takes all or none
 
     def update(self, rows):
         rows = torch.as_tensor(rows, dtype=torch.float32, device=self.mean.device)
@@ -251,10 +251,10 @@ def train(args):
         seed = args.seed + run.global_step + rank * N  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
         obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
-        actions = np.stack([agent.numpy_policy()(obs[0])] * T)
-        rewards, discounted = np.zeros((2, T, N), np.float32)
+        actions = np.stack([agent.numpy_policy()(obs[0])] * T)  # for their shape and dtype
+        rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T, N))
         terminated, truncated, valid = np.zeros((3, T, N), bool)
-        ended, discounted_return = np.zeros(N, bool), np.zeros(N)
+        ended = np.zeros(N, bool)
 
         while run.global_step + T * N * W <= args.total_timesteps:
             learning_rate = args.learning_rate * (1 - args.anneal_lr * run.global_step / args.total_timesteps)
@@ -280,9 +280,8 @@ def train(args):
                 values = agent.critic(features).numpy(force=True).reshape(T + 1, N)
             scaled = rewards
             if args.norm_reward:
-                for t in range(T):
-                    discounted_return = rewards[t] + args.gamma * valid[t] * discounted_return
-                    discounted[t] = discounted_return
+                for t in range(T):  # at t = 0, discounted[-1] is the last of the rollout before
+                    discounted[t] = rewards[t] + args.gamma * valid[t] * discounted[t - 1]
                 agent.return_stats.update(gather(discounted[valid]))
                 scaled = np.clip(rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8), -10, 10)
             advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
@@ -386,8 +385,8 @@ def transfer(args, agent, *networks):
     if args.init_from and not args.resume:
         saved, own = load_checkpoint(args.init_from).get("agent", {}), agent.state_dict()
         taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
-        if not any(name.endswith("weight") for name in taken):
-            fail(f"--init-from {args.init_from} has no weights that fit: their names or shapes differ")
+        if not any(name.endswith("weight") for name in taken) or "obs_stats.mean" in saved.keys() - own.keys():
+            fail(f"--init-from {args.init_from} does not fit: no weights in common, or --norm-obs there and not here")
         agent.load_state_dict(taken, strict=False)
         print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
     for network in networks:
@@ -413,7 +412,7 @@ def select_device(name):
 
 
 def make_envs(args, num_envs, eval_folder=None):
-    """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
+    """A vector environment of vectors, or of uint8 images, channels first or last, of at least 36 x 36 pixels."""
     env_id = args.env_id.removeprefix("ale_py:")
     is_atari = env_id.startswith("ALE/")
     options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
@@ -447,7 +446,7 @@ def evaluate(agent, args, folder):
     act = agent.numpy_policy()
     returns = np.zeros(args.eval_episodes)
     for i in tqdm(range(args.eval_episodes), desc="evaluation (up to 27,000 steps each)"):
-        obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + i)
+        obs, _ = envs.reset(seed=(10**7 + 10**4 * args.seed + i) % 2**31)  # ale-py takes 31 bits
         for _ in range(27_000):  # half an hour of Atari
             obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(act(obs)))
             returns[i] += rewards.item()

@@ -50,7 +50,7 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the total timesteps
     gamma: float = 0.99  # discount γ
     weight: Literal["total-return", "reward-to-go", "baseline"] = "baseline"  # Φ, the weight of ∇ log π
-    restart_returns: bool = False  # R_t ends with the next reward that is not 0, as in Pong, where it ends a rally
+    restart_returns: bool = False  # R_t ends with the next reward that is not 0: in Pong, a rally (no total-return)
     norm_weight: bool = False  # standardise Φ over each update: helps all three on CartPole, but biases g a little
     critic_updates: int = 10  # gradient steps of the critic on the returns of each update (baseline only)
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
@@ -113,7 +113,7 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("count", torch.zeros(shape))
+        self.register_buffer("count", torch.zeros(shape))  # of the same shape, so that --init-from takes all or none
 
     def update(self, rows):
         rows = torch.as_tensor(rows, dtype=torch.float32, device=self.mean.device)
@@ -312,8 +312,8 @@ def transfer(args, agent, *networks):
     if args.init_from and not args.resume:
         saved, own = load_checkpoint(args.init_from).get("agent", {}), agent.state_dict()
         taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
-        if not any(name.endswith("weight") for name in taken):
-            fail(f"--init-from {args.init_from} has no weights that fit: their names or shapes differ")
+        if not any(name.endswith("weight") for name in taken) or "obs_stats.mean" in saved.keys() - own.keys():
+            fail(f"--init-from {args.init_from} does not fit: no weights in common, or --norm-obs there and not here")
         agent.load_state_dict(taken, strict=False)
         print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
     for network in networks:
@@ -339,7 +339,7 @@ def select_device(name):
 
 
 def make_envs(args, num_envs, eval_folder=None):
-    """A vector environment whose observations are vectors, or uint8 images of at least 36 x 36 pixels."""
+    """A vector environment of vectors, or of uint8 images, channels first or last, of at least 36 x 36 pixels."""
     env_id = args.env_id.removeprefix("ale_py:")
     is_atari = env_id.startswith("ALE/")
     options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
@@ -373,7 +373,7 @@ def evaluate(agent, args, folder):
     act = agent.numpy_policy()
     returns = np.zeros(args.eval_episodes)
     for i in tqdm(range(args.eval_episodes), desc="evaluation (up to 27,000 steps each)"):
-        obs, _ = envs.reset(seed=10**7 + 10**4 * args.seed + i)
+        obs, _ = envs.reset(seed=(10**7 + 10**4 * args.seed + i) % 2**31)  # ale-py takes 31 bits
         for _ in range(27_000):  # half an hour of Atari
             obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(act(obs)))
             returns[i] += rewards.item()

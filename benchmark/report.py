@@ -53,7 +53,7 @@ WEIGHTS = {  # --weight of REINFORCE: the name of its runs
     "reward-to-go": "reinforce-reward-to-go",
     "total-return": "reinforce-total-return",
 }
-COLOURS = {  # tell apart for the colour-blind, too: M. Okabe, K. Ito: Color Universal Design, 2008
+COLOURS = {  # distinguishable for the colour-blind: M. Okabe, K. Ito: Color Universal Design, 2008
     "reinforce": "#E69F00",
     "a2c": "#56B4E9",
     "a3c": "#000000",
