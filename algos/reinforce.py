@@ -10,8 +10,7 @@ expected return needs no model of the environment, only samples:
     baseline       Φ_t = R_t - V(s_t)                   … and only for how that differs from what is usual in this state
 
 With γ = 1 all three give the same gradient on average; what falls from one to the next is its variance, and with it the
-number of episodes that it takes to learn. (With γ < 1 the last two lack a factor γ^t, as is usual.) V is a network too,
-fitted to the returns R_t by regression.
+number of episodes that it takes to learn. (With γ < 1 the last two lack a factor γ^t, as is usual.) V is fitted to R_t.
 
 R. J. Williams: Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning, Machine
 Learning 8, 1992. R. S. Sutton, A. G. Barto: Reinforcement Learning, 2nd edition, 2018, chapter 13.
@@ -53,6 +52,7 @@ class Args:
     restart_returns: bool = False  # R_t ends with the next reward that is not 0: in Pong, a rally (no total-return)
     norm_weight: bool = False  # standardise Φ over each update: helps all three on CartPole, but biases g a little
     critic_updates: int = 10  # gradient steps of the critic on the returns of each update (baseline only)
+    ent_coef: float = 0.0  # c_e, weight of an entropy bonus: c_e Σ_t ∇ H[π_θ(·|s_t)] is added to g
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
     norm_reward: bool = False  # divide returns by their running std
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
@@ -270,26 +270,26 @@ def train(args):
             if args.weight == "total-return":
                 b_weights = torch.as_tensor(np.broadcast_to(returns[0], returns.shape)[valid], device=device)
             elif args.weight == "baseline":
-                with torch.no_grad():
-                    b_values = agent.critic(agent.encoder(b_x))
+                with torch.no_grad():  # images: the features belong to the policy
+                    features = agent.encoder(b_x)
+                    b_values = agent.critic(features)
                 b_weights = b_returns - b_values
             if args.norm_weight:
                 b_weights = (b_weights - b_weights.mean()) / (b_weights.std(correction=0) + 1e-8)
 
             # 3. θ ← θ + α g.
             optimizer.param_groups[0]["lr"] = learning_rate
-            loss, entropy = reinforce_loss(agent, b_x, b_actions, b_weights, num_episodes=N)
+            policy_loss, entropy = reinforce_loss(agent, b_x, b_actions, b_weights, num_episodes=N)
+            loss = policy_loss - args.ent_coef * entropy * len(b_x) / N  # a sum over each episode, as in g
             optimizer.zero_grad()
             loss.backward(inputs=theta)
             optimizer.step()
 
             # 4. Fit V to R_t. Not before 3: a V that knows these episodes would bias g.
-            scalars = {"losses/policy_loss": loss.item(), "losses/entropy": entropy.item()}
+            scalars = {"losses/policy_loss": policy_loss.item(), "losses/entropy": entropy.item()}
             if args.weight == "baseline":
                 scalars["losses/value_loss"] = (b_returns - b_values).square().mean().item()
                 critic_optimizer.param_groups[0]["lr"] = learning_rate
-                with torch.no_grad():  # images: the features belong to the policy
-                    features = agent.encoder(b_x)
                 for _ in range(args.critic_updates):
                     critic_loss = (agent.critic(features) - b_returns).square().mean()
                     critic_optimizer.zero_grad()

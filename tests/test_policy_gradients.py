@@ -497,6 +497,17 @@ def test_reinforce_weighs_whole_episodes_one_of_each_environment(weight, norm_re
             assert w == pytest.approx(expected - (value if weight == "baseline" else 0), rel=1e-3, abs=1e-3)
 
 
+def test_the_entropy_bonus_of_reinforce(optimizer_steps, monkeypatch, tmp_path):
+    batches = watch(reinforce, monkeypatch)
+    train(reinforce, tmp_path, weight="reward-to-go", ent_coef=0.7)
+    for step, batch in zip(optimizer_steps, batches, strict=True):
+        policy, _ = look(batch.agent, batch.x)
+        entropy = -(policy.probs * policy.probs.log()).sum(1)
+        objective = (policy.log_prob(batch.actions) * batch.weights + 0.7 * entropy).sum() / 4
+        expected = gradient(-objective, policy_of(batch.agent))
+        torch.testing.assert_close(step.gradient, expected, rtol=1e-3, atol=1e-4 * expected.norm().item())
+
+
 @pytest.mark.parametrize("restart", [False, True])
 def test_rewards_to_go_may_end_with_the_next_reward(restart):
     rewards = np.random.default_rng(0).choice([-1, 0, 0, 0, 1], size=(40, 3)).astype(np.float32)
