@@ -219,7 +219,7 @@ def overview(table: pd.DataFrame) -> str:
             best = figure_text(next(figures.itertuples()), 0) if len(figures) else "none"
             cells[row.algorithm] = f"{ours}<br>{best}"
         rows.append([env_id, *(cells.get(name, "") for name in ALGORITHMS)])
-    commits = sorted({commit for commits in table.commit for commit in commits.split(", ")})
+    commits = sorted({commit.split()[-1] for commits in table.commit for commit in commits.split(", ")})
     return (
         f"{markdown_rows(rows)}\n"
         "Above: the return of the final deterministic policy, mean ± sample deviation over the seeds (steps x seeds).\n"
