@@ -46,7 +46,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   # On A2C's HalfCheetah: with 8 steps of 8 environments at 7e-4 seven runs of eight stay near 1,600; with 16 of 16 at 2e-3
   # four of five get past 3,000.
   # On REINFORCE's Pong, seed 1, after 450,000 steps: -17 with these settings, and with a baseline besides; -20 with 1e-3,
-  # or without norm-obs, or with 1e-2, whose entropy is gone by then. Without the bonus it learns as fast up to a million.
+  # or without norm-obs (and with 1e-2 the entropy is gone by then). Without the bonus it learns as fast up to a million.
   # On target-kl: without it ten epochs at 3e-4 moved PPO's HalfCheetah (256-256, first σ e^-2) by a KL of 0.15 a rollout,
   # and threw a policy worth 4,500 onto its back, where it stayed for 150,000 steps.
 
