@@ -49,7 +49,7 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the total timesteps
     gamma: float = 0.99  # discount γ
     weight: Literal["total-return", "reward-to-go", "baseline"] = "baseline"  # Φ, the weight of ∇ log π
-    restart_returns: bool = False  # R_t ends with the next reward that is not 0: in Pong, a rally (no total-return)
+    restart_returns: bool = False  # R_t ends at the next reward other than 0, in Pong a rally; not for total-return
     norm_weight: bool = False  # standardise Φ over each update: helps all three on CartPole, but biases g a little
     critic_updates: int = 10  # gradient steps of the critic on the returns of each update (baseline only)
     ent_coef: float = 0.0  # c_e, weight of an entropy bonus: c_e Σ_t ∇ H[π_θ(·|s_t)] is added to g
