@@ -78,7 +78,8 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
 
   seeds=$few
   experiment reinforce LunarLander-v3 1500000 --norm-weight --norm-obs --norm-reward
-  experiment a2c  LunarLander-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs --norm-reward
+  experiment a2c  LunarLander-v3 1500000 --num-envs 8 --num-steps 128 --gamma 0.999 --gae-lambda 0.98 --norm-obs \
+    --norm-reward
   experiment a3c  LunarLander-v3 1500000 --num-workers 2 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs \
     --norm-reward
   experiment a2c  LunarLander-v3 200000 --exp-name a2c-200k --num-envs 8 --learning-rate 8.3e-4 --gamma 0.995
