@@ -291,7 +291,7 @@ def work(worker, args, shared, squares, counters, messages, first_step):
     rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
     obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
     actions = np.stack([agent.numpy_policy()(obs[0])] * T)  # for their shape and dtype
-    rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T, N))
+    rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T + 1, N))
     terminated, truncated, valid = np.zeros((3, T, N), bool)
     ended = np.zeros(N, bool)
     episode, episodes = np.zeros((2, N)), []  # return and length of those under way; those that have ended
@@ -327,17 +327,17 @@ def work(worker, args, shared, squares, counters, messages, first_step):
         assert np.isfinite(rewards).all(), "rewards not finite"
 
         # 3. log π(a_t|s_t) and V(s_t) in one batch; from V the advantages Â_t and returns R̂_t.
-        x = torch.as_tensor(agent.preprocess(obs)).flatten(0, 1)
-        features = agent.encoder(x)
+        features = agent.encoder(torch.as_tensor(agent.preprocess(obs)).flatten(0, 1))
         policy, b_values = agent.policy(features[: T * N]), agent.critic(features)
         b_log_probs = policy.log_prob(torch.as_tensor(actions).flatten(0, 1))
         values = b_values.numpy(force=True).reshape(T + 1, N)
         scaled = rewards
         if args.norm_reward:
-            for t in range(T):  # at t = 0, discounted[-1] is the last of the rollout before
-                discounted[t] = rewards[t] + args.gamma * valid[t] * discounted[t - 1]
+            discounted[0] = discounted[T]
+            for t in range(T):
+                discounted[t + 1] = rewards[t] + args.gamma * valid[t] * discounted[t]
             with global_step.get_lock():  # two updates at once could give a negative variance
-                shared.return_stats.update(discounted[valid])
+                shared.return_stats.update(discounted[1:][valid])
                 scaled = np.clip(rewards / (shared.return_stats.var.item() ** 0.5 + 1e-8), -10, 10)
         advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
 
@@ -425,7 +425,7 @@ def make_envs(args, num_envs, eval_folder=None):
         if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             envs = gym.wrappers.vector.FilterObservation(envs, parts)
-        image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
+        image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
@@ -457,7 +457,7 @@ def load_checkpoint(path, **modules):
     """Read a checkpoint, a dict, and give `modules` their states in it."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])  # raises if these are not the arguments of this file
+        checkpoint["args"] = Args(**checkpoint["args"])  # raises if these are not the arguments of this file
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint
@@ -537,7 +537,7 @@ def main():
     torch.backends.cudnn.deterministic = True
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
-        saved = Args(**load_checkpoint(path)["args"])
+        saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
         args.env_kwargs = saved.env_kwargs | args.env_kwargs
     if args.evaluate:

@@ -271,7 +271,7 @@ def train(args):
                 scalars |= {"losses/q_loss": loss.item(), "losses/q_values": q.mean().item()}
 
                 # 3. The target network follows.
-                if run.global_step % args.target_network_frequency < T * N:
+                if run.global_step % args.target_network_frequency < T * N:  # a multiple of it was passed
                     update_target(target, agent, args.tau)
 
             # 4. Log, and save when due.
@@ -332,7 +332,7 @@ def make_envs(args, num_envs, eval_folder=None):
         if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             envs = gym.wrappers.vector.FilterObservation(envs, parts)
-        image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
+        image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
@@ -364,7 +364,7 @@ def load_checkpoint(path, **modules):
     """Read a checkpoint, a dict, and give `modules` their states in it."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])  # raises if these are not the arguments of this file
+        checkpoint["args"] = Args(**checkpoint["args"])  # raises if these are not the arguments of this file
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint
@@ -444,7 +444,7 @@ def main():
     torch.backends.cudnn.deterministic = True
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
-        saved = Args(**load_checkpoint(path)["args"])
+        saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
         args.env_kwargs = saved.env_kwargs | args.env_kwargs
     if args.evaluate:
