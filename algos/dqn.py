@@ -234,13 +234,13 @@ def train(args):
     buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space, stack)
 
     with Run(args, agent=agent, target=target, optimizer=optimizer) as run:
-        first_step = run.global_step
-        seed = args.seed + first_step  # a resumed run does not play the same episodes again
+        seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
         obs, _ = envs.reset(seed=seed)
         valid = np.ones(N, bool)
 
         while run.global_step + T * N <= args.total_timesteps:
+            learning_rate = args.learning_rate * (1 - args.anneal_lr * run.global_step / args.total_timesteps)
             # 1. T ε-greedy steps of N environments. The step after the end of an episode only resets: it is not valid.
             act = agent.numpy_policy()
             for _ in range(T):
@@ -254,10 +254,9 @@ def train(args):
                 obs, valid = next_obs, ~(terminated | truncated)
 
             # 2. Gradient steps, on transitions from the buffer.
-            progress = (run.global_step - T * N) / args.total_timesteps  # before these steps
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress * args.anneal_lr)
-            scalars = {"charts/epsilon": epsilon, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
-            if run.global_step >= first_step + args.learning_starts:
+            optimizer.param_groups[0]["lr"] = learning_rate
+            scalars = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
+            if buffer.row * N >= args.learning_starts:
                 for _ in range(args.gradient_steps):
                     b_obs, b_actions, b_rewards, b_next_obs, b_terminated = buffer.sample(args.batch_size, rng)
                     arrays = agent.preprocess(b_obs), b_actions, b_rewards, agent.preprocess(b_next_obs), b_terminated
@@ -332,7 +331,7 @@ def make_envs(args, num_envs, eval_folder=None):
         if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             envs = gym.wrappers.vector.FilterObservation(envs, parts)
-        image = space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+        image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
         if not image and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             envs = gym.wrappers.vector.FlattenObservation(envs)
         assert isinstance(envs.single_observation_space, gym.spaces.Box), f"{space} cannot be flattened"
@@ -442,6 +441,7 @@ def main():
     sys.path.insert(0, str(Path.cwd()))  # `my_env:MyEnv-v0` finds my_env.py in the current directory
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     torch.backends.cudnn.deterministic = True
+    torch.set_flush_denormal(True)  # a CPU is slow on numbers like 1e-40, to which Adam's averages of dead units fade
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
