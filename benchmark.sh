@@ -137,6 +137,11 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
     --weight reward-to-go --norm-weight --restart-returns --ent-coef 0.01 --norm-obs
   experiment ppo envs.pong:PongDifference-v0 2000000 --num-envs 16 --num-steps 128 --num-minibatches 8 \
     --update-epochs 4 --hidden-sizes 200 --learning-rate 5e-4 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.01 --norm-obs
+  experiment a2c envs.pong:PongDifference-v0 2000000 --num-steps 16 --hidden-sizes 200 --learning-rate 1e-3 \
+    --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.01 --norm-obs
+  experiment dqn envs.pong:PongDifference-v0 1000000 --num-envs 8 --hidden-sizes 200 --learning-rate 3e-4 \
+    --buffer-size 300000 --batch-size 64 --learning-starts 10000 --train-frequency 8 --target-network-frequency 1000 \
+    --tau 1 --exploration-fraction 0.1 --end-e 0.02
 
   experiment a2c  BipedalWalker-v3 2260000 --num-steps 16 --learning-rate 1e-3 --gamma 0.99 --gae-lambda 0.9 \
     --log-std-init -1 --norm-obs --norm-reward
