@@ -91,8 +91,8 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
     --end-e 0.1 --buffer-size 300000 --no-anneal-lr
 
   experiment reinforce LunarLanderContinuous-v3 1500000 --norm-weight --norm-obs --norm-reward
-  experiment a2c  LunarLanderContinuous-v3 1500000 --num-envs 8 --num-steps 128 --gamma 0.999 --gae-lambda 0.98 \
-    --norm-obs --norm-reward --log-std-init -1
+  experiment a2c  LunarLanderContinuous-v3 1500000 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs \
+    --norm-reward
   experiment ppo  LunarLanderContinuous-v3 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 \
     --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01
   experiment trpo LunarLanderContinuous-v3 1000000 --num-envs 16 --num-steps 256 --gamma 0.995 --gae-lambda 0.98 \
