@@ -114,8 +114,8 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment trpo Hopper-v5 1000000 $rollout --gamma 0.995 --gae-lambda 0.97 --target-kl 0.02
   experiment ddpg Hopper-v5 1000000 --gamma 0.99 --batch-size 100
 
-  experiment a2c  Walker2d-v5 1000000 --num-steps 16 --learning-rate 1e-3 --gamma 0.99 --gae-lambda 0.9 --norm-obs \
-    --norm-reward --log-std-init -1
+  experiment a2c  Walker2d-v5 1000000 --num-steps 64 --learning-rate 2e-3 --gamma 0.99 --gae-lambda 0.95 --norm-obs \
+    --norm-reward
   experiment ppo  Walker2d-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.995 \
     --gae-lambda 0.95 --log-std-init -1 --clip-coef 0.1
   experiment trpo Walker2d-v5 1000000 $rollout --target-kl 0.02 --log-std-init -1
