@@ -279,7 +279,7 @@ def plot_environment(env_id: str, table: pd.DataFrame, curves: pd.DataFrame, pat
     by_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
     style(by_seconds, "seconds of training (one core)", xscale="log")
     by_seconds.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    by_seconds.xaxis.set_major_formatter("{x:g}")
+    by_seconds.xaxis.set_major_formatter(EngFormatter(sep=""))
     by_seconds.xaxis.set_minor_formatter(NullFormatter())
     seeds = "–".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))  # 3 or 2–3
     figure.suptitle(f"{env_id}: mean and standard deviation over seeds ({seeds}); dots: final evaluation")
