@@ -100,7 +100,7 @@ def mlp(input_size, hidden_sizes, output_size, gain):
 
 
 def nature_cnn(channels, height, width):
-    """Features, (B, 512), of images scaled to [0, 1], (B, channels, height, width): Mnih et al. (2015)."""
+    """A network from images in [0, 1], (B, channels, height, width), to features, (B, 512): Mnih et al. (2015)."""
     conv1 = layer_init(nn.Conv2d(channels, 32, 8, stride=4))
     conv2 = layer_init(nn.Conv2d(32, 64, 4, stride=2))
     conv3 = layer_init(nn.Conv2d(64, 64, 3, stride=1))
@@ -140,7 +140,7 @@ class Agent(nn.Module):
         self.return_stats = RunningMeanStd() if args.norm_reward else None
         if isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
             self.log_std = nn.Parameter(torch.full((gym.spaces.flatdim(action_space),), args.log_std_init))
-            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
+            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
         elif self.is_multi:  # k actions at once, of up to n values; those that an action lacks get the logit -1e8
@@ -175,11 +175,11 @@ class Agent(nn.Module):
         return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def numpy_policy(self, rng=None):
-        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...): on a few rows faster than torch."""
+        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...). Make it anew after an update."""
         layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.actor)[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
-        def act(obs):
+        def act(obs):  # in NumPy: on a few rows faster than torch
             x = self.preprocess(obs)
             if self.is_image:
                 with torch.inference_mode():
@@ -259,11 +259,9 @@ def train(args):
         messages = spawn.Queue()
         arguments = args, agent, squares, counters, messages, run.global_step
         not_ours = multiprocessing.active_children()
-        finished = False
         try:
             workers = multiprocessing.spawn(work, arguments, args.num_workers, join=False)
-            while not finished:
-                finished = workers.join(timeout=0.1)  # if one has failed, this ends the others and raises
+            while not workers.join(timeout=0.1) or not messages.empty():  # if one fails, join stops all and raises
                 while not messages.empty():
                     last_step, episodes, scalars = messages.get()
                     run.global_step = max(run.global_step, last_step)
@@ -283,12 +281,13 @@ def train(args):
 def work(worker, args, shared, squares, counters, messages, first_step):
     """A worker: play and learn until all of them have made the total timesteps. `shared` is the agent with θ."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as in main: a setting of each process
     envs = make_envs(args, args.num_envs)
     agent = copy.deepcopy(shared)
     T, N = args.num_steps, args.num_envs
     global_step, num_updates = counters
     seed = (args.seed + first_step + 10**8 * worker) % 2**31  # a resumed run does not play the same episodes again
-    rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
+    rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
     obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
     actions = np.stack([agent.numpy_policy()(obs[0])] * T)  # for their shape and dtype
     rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T + 1, N))
@@ -298,10 +297,7 @@ def work(worker, args, shared, squares, counters, messages, first_step):
     step_of_message = 0
 
     main_process = multiprocessing.parent_process()
-    while True:
-        if main_process is not None and not main_process.is_alive():  # it was killed
-            messages.cancel_join_thread()
-            return
+    while main_process is None or main_process.is_alive():  # it may have been killed
         with global_step.get_lock():
             step = global_step.value + T * N
             if step > args.total_timesteps:
@@ -341,7 +337,7 @@ def work(worker, args, shared, squares, counters, messages, first_step):
                 scaled = np.clip(rewards / (shared.return_stats.var.item() ** 0.5 + 1e-8), -10, 10)
         advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
 
-        # 4. Δθ, the gradient of L at θ'.
+        # 4. Δθ = -∇L at θ', clipped.
         i = torch.as_tensor(np.flatnonzero(valid))
         b_advantages, b_returns = torch.as_tensor(advantages[valid]), torch.as_tensor(returns[valid])
         batch = b_log_probs[i], policy.entropy()[i], b_values[i], b_advantages, b_returns
@@ -420,7 +416,7 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
+        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
         if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
@@ -494,10 +490,10 @@ class Run(AbstractContextManager):
             self.episode[:, n] = 0
 
     def log_update(self, scalars, **inputs):
-        """Log the scalars of an update, if due; they and its inputs (arrays) must be finite. A checkpoint, if due."""
+        """The inputs (arrays) and scalars of an update must be finite. Log the scalars and save, each when due."""
+        for name, values in (inputs | scalars).items():
+            assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
-            for name, values in (inputs | scalars).items():
-                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -540,7 +536,7 @@ def main():
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # not by tyro, which takes no new names beside a default
     if args.evaluate:
         envs = make_envs(args, 1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))

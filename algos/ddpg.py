@@ -181,12 +181,12 @@ def train(args):
             optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
         first_step = run.global_step
         seed = args.seed + first_step  # a resumed run does not play the same episodes again
-        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
+        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
         obs, _ = envs.reset(seed=seed)
         act = agent.numpy_policy()
         valid = np.ones(N, bool)  # false on steps that only reset
         theta = 0.15 if args.noise == "ou" else 1.0
-        noise = np.zeros((N, A), np.float32)  # x
+        noise = np.zeros((N, A))  # x
 
         while run.global_step + N <= args.total_timesteps:
             # 1. A step of N environments, with noise, into the buffer.
@@ -276,7 +276,7 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
+        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
         if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
@@ -350,10 +350,10 @@ class Run(AbstractContextManager):
             self.episode[:, n] = 0
 
     def log_update(self, scalars, **inputs):
-        """Log the scalars of an update, if due; they and its inputs (arrays) must be finite. A checkpoint, if due."""
+        """The inputs (arrays) and scalars of an update must be finite. Log the scalars and save, each when due."""
+        for name, values in (inputs | scalars).items():
+            assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
-            for name, values in (inputs | scalars).items():
-                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -396,7 +396,7 @@ def main():
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # not by tyro, which takes no new names beside a default
     if args.evaluate:
         envs = make_envs(args, 1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))

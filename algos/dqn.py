@@ -15,7 +15,7 @@ one network choose the action and the other evaluate it:
 
 Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With no --hidden-sizes Q
 is linear, and on a Discrete observation, which is flattened to one-hot, this is tabular Q-learning with replay. The
-paper clips errors to ±1. We do not: the few large ones at the ends of episodes would be outweighed by the many small.
+paper clips errors to ±1. We do not: the many small ones would outweigh the few large ones at the ends of episodes.
 
 V. Mnih et al.: Human-level control through deep reinforcement learning, Nature 518, 2015. Double DQN: H. van Hasselt,
 A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, arXiv:1509.06461.
@@ -55,10 +55,10 @@ class Args:
     buffer_size: int = 100_000  # about how many of the latest steps the replay buffer keeps
     batch_size: int = 128  # transitions of a gradient step
     learning_starts: int = 1000  # steps before learning; as many again after a resume, since the buffer is not saved
-    train_frequency: int = 4  # environment steps between updates of Q, rounded down to whole steps of all environments
+    train_frequency: int = 4  # environment steps between updates of Q, in whole steps of all environments: at least one
     gradient_steps: int = 1  # gradient steps of each update
     target_network_frequency: int = 20  # environment steps between updates of Q_targ
-    tau: float = 0.05  # τ, Q_targ ← τ Q + (1-τ) Q_targ: 1 copies
+    tau: float = 0.05  # τ, Q_targ ← τ Q + (1-τ) Q_targ: 1 is a plain copy
     start_e: float = 1.0  # ε at the start
     end_e: float = 0.05  # ε at the end
     exploration_fraction: float = 0.2  # share of the total timesteps in which ε falls from start_e to end_e
@@ -98,7 +98,7 @@ def mlp(input_size, hidden_sizes, output_size):
 
 
 def nature_cnn(channels, height, width):
-    """Features, (B, 512), of images scaled to [0, 1], (B, channels, height, width): Mnih et al. (2015)."""
+    """A network from images in [0, 1], (B, channels, height, width), to features, (B, 512): Mnih et al. (2015)."""
     conv1 = nn.Conv2d(channels, 32, 8, stride=4)
     conv2 = nn.Conv2d(32, 64, 4, stride=2)
     conv3 = nn.Conv2d(64, 64, 3, stride=1)
@@ -235,7 +235,7 @@ def train(args):
 
     with Run(args, agent=agent, target=target, optimizer=optimizer) as run:
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
-        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
+        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
         obs, _ = envs.reset(seed=seed)
         valid = np.ones(N, bool)
 
@@ -326,7 +326,7 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
+        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
         if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
@@ -400,10 +400,10 @@ class Run(AbstractContextManager):
             self.episode[:, n] = 0
 
     def log_update(self, scalars, **inputs):
-        """Log the scalars of an update, if due; they and its inputs (arrays) must be finite. A checkpoint, if due."""
+        """The inputs (arrays) and scalars of an update must be finite. Log the scalars and save, each when due."""
+        for name, values in (inputs | scalars).items():
+            assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
-            for name, values in (inputs | scalars).items():
-                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -446,7 +446,7 @@ def main():
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # not by tyro, which takes no new names beside a default
     if args.evaluate:
         envs = make_envs(args, 1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))

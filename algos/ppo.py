@@ -98,7 +98,7 @@ def mlp(input_size, hidden_sizes, output_size, gain):
 
 
 def nature_cnn(channels, height, width):
-    """Features, (B, 512), of images scaled to [0, 1], (B, channels, height, width): Mnih et al. (2015)."""
+    """A network from images in [0, 1], (B, channels, height, width), to features, (B, 512): Mnih et al. (2015)."""
     conv1 = layer_init(nn.Conv2d(channels, 32, 8, stride=4))
     conv2 = layer_init(nn.Conv2d(32, 64, 4, stride=2))
     conv3 = layer_init(nn.Conv2d(64, 64, 3, stride=1))
@@ -138,7 +138,7 @@ class Agent(nn.Module):
         self.return_stats = RunningMeanStd() if args.norm_reward else None
         if isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
             self.log_std = nn.Parameter(torch.full((gym.spaces.flatdim(action_space),), args.log_std_init))
-            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
+            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
         elif self.is_multi:  # k actions at once, of up to n values; those that an action lacks get the logit -1e8
@@ -173,11 +173,11 @@ class Agent(nn.Module):
         return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def numpy_policy(self, rng=None):
-        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...): on a few rows faster than torch."""
+        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...). Make it anew after an update."""
         layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.actor)[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
-        def act(obs):
+        def act(obs):  # in NumPy: on a few rows faster than torch
             x = self.preprocess(obs)
             if self.is_image:
                 with torch.inference_mode():
@@ -219,7 +219,7 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
 
 def ppo_loss(agent, x, actions, old_log_probs, advantages, returns, args):
-    """The loss -L of B transitions (each argument of shape (B, ...)), its parts, and log ρ."""
+    """The loss -L of B transitions, its parts, and log ρ. All but agent and args: (B, ...)."""
     features = agent.encoder(x)
     policy, values = agent.policy(features), agent.critic(features)
     log_ratio = policy.log_prob(actions) - old_log_probs
@@ -247,9 +247,10 @@ def train(args):
     if args.total_timesteps < T * N * W or args.num_minibatches > T // 2 * N:  # every second step may only reset
         fail("--num-envs times --num-steps must be at most --total-timesteps, half of it at least --num-minibatches")
 
-    with (Follower if rank else Run)(args, agent=agent, optimizer=optimizer) as run:
+    run_class = Run if rank == 0 else Follower  # only the first process has a log and checkpoints
+    with run_class(args, agent=agent, optimizer=optimizer) as run:
         seed = args.seed + run.global_step + rank * N  # a resumed run does not play the same episodes again
-        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
+        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
         obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
         actions = np.stack([agent.numpy_policy()(obs[0])] * T)  # for their shape and dtype
         rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T + 1, N))
@@ -268,9 +269,9 @@ def train(args):
                 rewards[t] *= valid[t]
                 ended = terminated[t] | truncated[t]
             for step in gather(np.stack([rewards, valid, terminated | truncated], axis=1), axis=2):
-                run.log_step(*step)
+                run.log_step(*step)  # three arrays (W·N,)
 
-            # 2. log π_old(a_t|s_t) and V(s_t) in one batch; from V the advantages Â_t and returns R̂_t.
+            # 2. log π_old(a_t|s_t) and V(s_t) in one batch; from V the returns R̂_t and advantages Â_t, standardised.
             x = torch.as_tensor(agent.preprocess(obs), device=device).flatten(0, 1)
             b_x, b_actions = x[: T * N], torch.as_tensor(actions, device=device).flatten(0, 1)
             with torch.no_grad():
@@ -286,7 +287,6 @@ def train(args):
                 agent.return_stats.update(gather(discounted[1:][valid]))
                 scaled = np.clip(rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8), -10, 10)
             advantages, returns = compute_gae(scaled, values, terminated, truncated, args.gamma, args.gae_lambda)
-            explained_variance = 1 - np.var((returns - values[:T])[valid]) / (np.var(returns[valid]) + 1e-8)
             all_advantages = gather(advantages[valid])
             advantages = (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8)
             b_advantages, b_returns = torch.as_tensor(np.stack([advantages, returns]), device=device).flatten(1)
@@ -317,7 +317,7 @@ def train(args):
                 "losses/entropy": policy.entropy().numpy(force=True)[valid.flatten()].mean(),  # of π_old
                 "losses/approx_kl": approx_kl,
                 "losses/clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean().item(),
-                "losses/explained_variance": explained_variance,
+                "losses/explained_variance": 1 - (returns - values[:T])[valid].var() / (returns[valid].var() + 1e-8),
                 "charts/learning_rate": learning_rate,
             }
             run.log_update(scalars, observations=obs, rewards=rewards)
@@ -330,7 +330,7 @@ def train(args):
 
 # ==== torchrun: each process plays its own environments; their gradients are averaged. Without it these do nothing.
 def join_torchrun(args):
-    """This process's rank, the number of processes, and a list of its signals: one stops all after the update."""
+    """This process's rank, the number of processes, and a list of its signals: one of them stops all processes."""
     stops = []
     if not distributed.is_torchelastic_launched():
         return 0, 1, stops
@@ -426,7 +426,7 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
+        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
         if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
@@ -500,10 +500,10 @@ class Run(AbstractContextManager):
             self.episode[:, n] = 0
 
     def log_update(self, scalars, **inputs):
-        """Log the scalars of an update, if due; they and its inputs (arrays) must be finite. A checkpoint, if due."""
+        """The inputs (arrays) and scalars of an update must be finite. Log the scalars and save, each when due."""
+        for name, values in (inputs | scalars).items():
+            assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
-            for name, values in (inputs | scalars).items():
-                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -546,7 +546,7 @@ def main():
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # not by tyro, which takes no new names beside a default
     if args.evaluate:
         envs = make_envs(args, 1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))

@@ -97,7 +97,7 @@ def mlp(input_size, hidden_sizes, output_size, gain):
 
 
 def nature_cnn(channels, height, width):
-    """Features, (B, 512), of images scaled to [0, 1], (B, channels, height, width): Mnih et al. (2015)."""
+    """A network from images in [0, 1], (B, channels, height, width), to features, (B, 512): Mnih et al. (2015)."""
     conv1 = layer_init(nn.Conv2d(channels, 32, 8, stride=4))
     conv2 = layer_init(nn.Conv2d(32, 64, 4, stride=2))
     conv3 = layer_init(nn.Conv2d(64, 64, 3, stride=1))
@@ -137,7 +137,7 @@ class Agent(nn.Module):
         self.return_stats = RunningMeanStd() if args.norm_reward else None
         if isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
             self.log_std = nn.Parameter(torch.full((gym.spaces.flatdim(action_space),), args.log_std_init))
-            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
+            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
         elif self.is_multi:  # k actions at once, of up to n values; those that an action lacks get the logit -1e8
@@ -172,11 +172,11 @@ class Agent(nn.Module):
         return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def numpy_policy(self, rng=None):
-        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...): on a few rows faster than torch."""
+        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...). Make it anew after an update."""
         layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.actor)[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
-        def act(obs):
+        def act(obs):  # in NumPy: on a few rows faster than torch
             x = self.preprocess(obs)
             if self.is_image:
                 with torch.inference_mode():
@@ -233,10 +233,12 @@ def train(args):
     optimizer = torch.optim.Adam(theta, lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     N = args.num_envs
+    if args.restart_returns and args.weight == "total-return":
+        fail("--restart-returns is not for --weight total-return, where each action answers for the whole episode")
 
     with Run(args, agent=agent, optimizer=optimizer, critic_optimizer=critic_optimizer) as run:
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
-        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
+        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
         envs.reset(seed=seed)
         while run.global_step + N <= args.total_timesteps:
             # 1. A whole episode of each environment. (The first N that end, whichever they are, would be short ones.)
@@ -250,7 +252,7 @@ def train(args):
                 valid.append(active)
                 actions.append(act(next_obs))
                 next_obs, reward, terminated, truncated, _ = envs.step(agent.to_env(actions[-1]))
-                rewards.append(np.float32(reward * active))
+                rewards.append((reward * active).astype(np.float32))
                 run.log_step(rewards[-1], active, active & (terminated | truncated))
                 active = active & ~(terminated | truncated)
             if active.any():  # the budget cut these episodes: their returns are not known
@@ -282,7 +284,7 @@ def train(args):
             policy_loss, entropy = reinforce_loss(agent, b_x, b_actions, b_weights, num_episodes=N)
             loss = policy_loss - args.ent_coef * entropy * len(b_x) / N  # a sum over each episode, as in g
             optimizer.zero_grad()
-            loss.backward(inputs=theta)
+            loss.backward()
             optimizer.step()
 
             # 4. Fit V to R_t. Not before 3: a V that knows these episodes would bias g.
@@ -352,7 +354,7 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
+        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
         if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
@@ -426,10 +428,10 @@ class Run(AbstractContextManager):
             self.episode[:, n] = 0
 
     def log_update(self, scalars, **inputs):
-        """Log the scalars of an update, if due; they and its inputs (arrays) must be finite. A checkpoint, if due."""
+        """The inputs (arrays) and scalars of an update must be finite. Log the scalars and save, each when due."""
+        for name, values in (inputs | scalars).items():
+            assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
-            for name, values in (inputs | scalars).items():
-                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -472,7 +474,7 @@ def main():
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # not by tyro, which takes no new names beside a default
     if args.evaluate:
         envs = make_envs(args, 1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))

@@ -102,7 +102,7 @@ def mlp(input_size, hidden_sizes, output_size, gain):
 
 
 def nature_cnn(channels, height, width):
-    """Features, (B, 512), of images scaled to [0, 1], (B, channels, height, width): Mnih et al. (2015)."""
+    """A network from images in [0, 1], (B, channels, height, width), to features, (B, 512): Mnih et al. (2015)."""
     conv1 = layer_init(nn.Conv2d(channels, 32, 8, stride=4))
     conv2 = layer_init(nn.Conv2d(32, 64, 4, stride=2))
     conv3 = layer_init(nn.Conv2d(64, 64, 3, stride=1))
@@ -142,7 +142,7 @@ class Agent(nn.Module):
         self.return_stats = RunningMeanStd() if args.norm_reward else None
         if isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f":
             self.log_std = nn.Parameter(torch.full((gym.spaces.flatdim(action_space),), args.log_std_init))
-            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds are -1 and 1 for π
+            bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
         elif self.is_multi:  # k actions at once, of up to n values; those that an action lacks get the logit -1e8
@@ -177,11 +177,11 @@ class Agent(nn.Module):
         return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def numpy_policy(self, rng=None):
-        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...): on a few rows faster than torch."""
+        """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...). Make it anew after an update."""
         layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.actor)[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
-        def act(obs):
+        def act(obs):  # in NumPy: on a few rows faster than torch
             x = self.preprocess(obs)
             if self.is_image:
                 with torch.inference_mode():
@@ -240,7 +240,7 @@ def conjugate_gradient(product, b, iters):
 
 
 def flat(tensors):
-    """All numbers of some tensors as one vector."""
+    """All numbers of some tensors as one vector (parameters_to_vector fails on the second derivatives of a CNN)."""
     return torch.cat([x.flatten() for x in tensors])
 
 
@@ -267,11 +267,11 @@ def trust_region_step(agent, parameters, x, actions, advantages, args):
 
     # The natural gradient H⁻¹g, and the step along it that would use up δ if the KL were quadratic and H not damped.
     natural_gradient = conjugate_gradient(fisher_vector_product, g, args.cg_iters)
-    H_gradient = fisher_vector_product(natural_gradient)
-    square = (natural_gradient @ H_gradient).clamp(min=1e-20)
-    full_step = (2 * args.target_kl / square).sqrt() * natural_gradient
+    H_step = fisher_vector_product(natural_gradient)
+    xHx = (natural_gradient @ H_step).clamp(min=1e-20)
+    full_step = (2 * args.target_kl / xHx).sqrt() * natural_gradient
 
-    # The line search: the longest of the steps that keeps to δ and improves L, at last 0, which changes nothing.
+    # The line search: the longest of the steps that keeps to δ and improves L, or else 0, which changes nothing.
     old_theta = flat(parameters).detach()
     steps = [args.line_search_decay**j * full_step for j in range(args.line_search_steps)] + [0]
     if args.line_search_steps == 0:  # the natural policy gradient takes the full step, unchecked
@@ -287,7 +287,7 @@ def trust_region_step(agent, parameters, x, actions, advantages, args):
         "losses/entropy": old_policy.entropy().mean().item(),
         "losses/surrogate_improvement": (objective - old_objective).item(),
         "losses/line_search_steps": j,  # how often the step was cut back, or refused
-        "losses/cg_residual": ((g - H_gradient).norm() / g.norm().clamp(min=1e-20)).item(),
+        "losses/cg_residual": ((g - H_step).norm() / g.norm().clamp(min=1e-20)).item(),
     }
 
 
@@ -307,7 +307,7 @@ def train(args):
     with Run(args, agent=agent, critic_optimizer=optimizer) as run:
         optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
-        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of an environment
+        rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
         obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
         actions = np.stack([agent.numpy_policy()(obs[0])] * T)  # for their shape and dtype
         rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T + 1, N))
@@ -326,7 +326,7 @@ def train(args):
                 ended = terminated[t] | truncated[t]
                 run.log_step(rewards[t], valid[t], ended)
 
-            # 2. V(s_t) in one batch; from it the advantages Â_t and returns R̂_t.
+            # 2. V(s_t) in one batch; from it the returns R̂_t and advantages Â_t, standardised.
             x = torch.as_tensor(agent.preprocess(obs), device=device)
             with torch.no_grad():
                 values = agent.critic(agent.encoder(x.flatten(0, 1))).numpy(force=True).reshape(T + 1, N)
@@ -412,7 +412,7 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options, **args.env_kwargs)
+        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
         if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
@@ -486,10 +486,10 @@ class Run(AbstractContextManager):
             self.episode[:, n] = 0
 
     def log_update(self, scalars, **inputs):
-        """Log the scalars of an update, if due; they and its inputs (arrays) must be finite. A checkpoint, if due."""
+        """The inputs (arrays) and scalars of an update must be finite. Log the scalars and save, each when due."""
+        for name, values in (inputs | scalars).items():
+            assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
         if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
-            for name, values in (inputs | scalars).items():
-                assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)
@@ -532,7 +532,7 @@ def main():
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # not by tyro, which takes no new names beside a default
     if args.evaluate:
         envs = make_envs(args, 1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))

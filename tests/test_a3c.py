@@ -77,7 +77,9 @@ def test_one_worker_is_a2c(args, tmp_path):
 
 @pytest.mark.parametrize(("worker", "start", "seed"), [(0, 0, 1), (3, 0, 300_000_001), (1, 80, 100_000_081)])
 def test_each_worker_learns_from_its_own_episodes_and_a_resumed_run_from_others(worker, start, seed):
+    torch.set_flush_denormal(False)
     before, after, squares, _ = play(worker, start)
+    assert torch.tensor(1e-40) * 1 == 0, "each process has a setting of its own"
     assert {step.env for step in Trace.log} == {seed, seed + 1}
     assert not torch.equal(before, after)
     assert (squares >= 0).all()

@@ -522,9 +522,11 @@ def test_rewards_to_go_may_end_with_the_next_reward(restart):
 
 
 def test_a_flag_restarts_the_returns(monkeypatch, tmp_path):
-    """All rewards here are other than 0."""
+    """All rewards here are other than 0. Total returns have no use for it."""
     batches = watch(reinforce, monkeypatch)
     train(reinforce, tmp_path, weight="reward-to-go", restart_returns=True)
     steps, _ = played()
     for batch in batches:
         assert batch.weights.tolist() == pytest.approx([steps[key].reward for key in keys(batch.x)], abs=1e-5)
+    with pytest.raises(SystemExit):
+        train(reinforce, tmp_path, weight="total-return", restart_returns=True)

@@ -286,11 +286,13 @@ def test_interrupt(tmp_path, cli, launch, number, flags):
     ],
 )
 def test_numbers_that_are_not_finite(algo, cli, flags, words):
-    """The last line names what is not finite, and it does not get into the checkpoint."""
-    flags += f" --num-envs 1 --total-timesteps {5 * STEPS} --checkpoint-interval 1"
+    """The last line names what is not finite, at the update that sees it, and it does not get into the checkpoint."""
+    flags += " --num-envs 1 --total-timesteps 400000 --checkpoint-interval 1"  # a point of the log is due at 400
     result = cli(algo, small(algo, flags))
     assert result.status == 1, result.err
-    assert re.search(rf"\b({words})\b.* not finite", result.err.rstrip().splitlines()[-1]), result.err
+    message = re.search(rf"\b({words})\b.* not finite(?: at step (\d+))?$", result.err.rstrip())
+    assert message, result.err
+    assert int(message[2] or 0) < 400 or algo.stem == "a3c"  # whose workers send their losses when a point is due
     assert all(tensor.isfinite().all() for tensor in weights(read_checkpoint(result.folder)))
 
 
@@ -412,7 +414,7 @@ def test_actions(cli, path, name):
         ("gymnasium", "FrozenLake-v1 --env-kwargs is_slippery False"),
         ("Box2D", "LunarLander-v3"),
         ("mujoco", "HalfCheetah-v5"),
-        ("ale_py", "ALE/Pong-v5 --seed 300000 --env-kwargs max_num_frames_per_episode 200"),
+        ("ale_py", "ALE/Pong-v5 --seed 300000 --env-kwargs max_num_frames_per_episode 200 reward_clipping False"),
     ],
 )
 def test_families(cli, package, flags):
