@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Reproduces every number and curve of the README: trains each algorithm on its environments with several seeds, then
-# writes tables and pictures.
+# Reproduces the table of results and the learning curves of the README: trains each algorithm on its environments with
+# several seeds, then writes tables and pictures. (The README names the scripts of its other numbers.)
 #
 #   ./benchmark.sh                                     everything
 #   ./benchmark.sh --dry-run                           only print the commands
@@ -9,7 +9,8 @@
 #   SEEDS=1 SCALE=0.1 ./benchmark.sh                   a quick look: one seed, a tenth of the steps
 #
 # SEEDS          number of seeds (5 on CartPole, Acrobot and Pendulum, 3 elsewhere)
-# FIRST_SEED     the first of them (11: the settings were chosen on seeds 1 to 3, so these are not shown)
+# FIRST_SEED     the first of them. The settings were chosen on seeds 1 to 3, so the first one shown is 11, or for those that
+#                replaced others once seeds from 11 on had been seen, 21 or 31.
 # JOBS           runs side by side (as many as there are cores)
 # ALGOS, ENVS    what to run (all)
 # SCALE          factor on the steps (1)
@@ -23,7 +24,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 complete=true # a part, or a quick look, must not replace the results of hours
 [[ ${SEEDS:-}${FIRST_SEED:-}${ALGOS:-}${ENVS:-} || ${SCALE:-1} != 1 ]] && complete=false
-SEEDS=${SEEDS:-} FIRST_SEED=${FIRST_SEED:-11} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
+SEEDS=${SEEDS:-} FIRST_SEED=${FIRST_SEED:-} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 ALGOS=${ALGOS:-} ENVS=${ENVS:-} SCALE=${SCALE:-1} DEVICE=${DEVICE:-cpu}
 RUNS=${RUNS:-runs/benchmark$([[ $SCALE == 1 ]] || echo "-$SCALE")}
 [[ $complete == true || ${1:-} == --publish ]] && RESULTS=${RESULTS:-benchmark}
@@ -58,16 +59,16 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   experiment a3c  CartPole-v1 200000 --num-workers 2
   experiment ppo  CartPole-v1 60000
   experiment trpo CartPole-v1 100000
-  experiment dqn  CartPole-v1 100000
-  experiment dqn  CartPole-v1 50000 --exp-name dqn-50k --train-frequency 2
+  from=21 experiment dqn  CartPole-v1 100000
+  from=21 experiment dqn  CartPole-v1 50000 --exp-name dqn-50k --train-frequency 2
 
-  experiment reinforce Acrobot-v1 500000 --norm-weight
+  from=21 experiment reinforce Acrobot-v1 500000 --norm-weight
   experiment a2c  Acrobot-v1 500000 --num-steps 16 --norm-obs
   experiment ppo  Acrobot-v1 1000000 --norm-obs
   experiment trpo Acrobot-v1 100000 --num-envs 2 --num-steps 1024 --target-kl 0.02 --norm-obs
-  experiment dqn  Acrobot-v1 100000
+  from=21 experiment dqn  Acrobot-v1 100000
 
-  experiment a2c  Pendulum-v1 1000000 --num-envs 32 --num-steps 8 --gamma 0.95 --gae-lambda 0.95 --norm-obs \
+  from=31 experiment a2c  Pendulum-v1 1000000 --num-envs 32 --num-steps 8 --gamma 0.95 --gae-lambda 0.95 --norm-obs \
     --norm-reward
   experiment a3c  Pendulum-v1 1000000 --num-workers 2 --num-envs 16 --num-steps 8 --gamma 0.95 --gae-lambda 0.95 \
     --norm-obs --norm-reward
@@ -78,7 +79,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
 
   seeds=$few
   experiment reinforce LunarLander-v3 1500000 --norm-weight --norm-obs --norm-reward
-  experiment a2c  LunarLander-v3 1500000 --num-envs 8 --num-steps 128 --gamma 0.999 --gae-lambda 0.98 --norm-obs \
+  from=21 experiment a2c  LunarLander-v3 1500000 --num-envs 8 --num-steps 128 --gamma 0.999 --gae-lambda 0.98 --norm-obs \
     --norm-reward
   experiment a3c  LunarLander-v3 1500000 --num-workers 2 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs \
     --norm-reward
@@ -101,7 +102,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
     --gae-lambda 0.98 --target-kl 0.03 --critic-updates 20 --norm-obs --norm-reward
   experiment ddpg LunarLanderContinuous-v3 500000 --hidden-sizes 128 128 --batch-size 128 --learning-starts 10000
 
-  experiment a2c  HalfCheetah-v5 1000000 --num-steps 16 --learning-rate 2e-3 --gae-lambda 0.95 --norm-obs \
+  from=31 experiment a2c  HalfCheetah-v5 1000000 --num-steps 16 --learning-rate 2e-3 --gae-lambda 0.95 --norm-obs \
     --norm-reward --log-std-init -1
   experiment ppo  HalfCheetah-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.92 \
     --log-std-init -1 --target-kl 0.03
@@ -123,7 +124,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
 
   experiment ppo  InvertedDoublePendulum-v5 1000000 $rollout --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 \
     --gae-lambda 0.95
-  experiment trpo InvertedDoublePendulum-v5 1000000 --num-envs 4 --num-steps 1024 --critic-updates 20 --norm-obs \
+  from=21 experiment trpo InvertedDoublePendulum-v5 1000000 --num-envs 4 --num-steps 1024 --critic-updates 20 --norm-obs \
     --norm-reward
   experiment ddpg InvertedDoublePendulum-v5 1000000 --gamma 0.99 --batch-size 100
 
@@ -133,7 +134,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
     --norm-reward
   experiment ddpg Swimmer-v5 1000000 --gamma 0.99 --batch-size 100
 
-  experiment reinforce envs.pong:PongDifference-v0 4000000 --num-envs 8 --hidden-sizes 200 --learning-rate 3e-3 \
+  from=21 experiment reinforce envs.pong:PongDifference-v0 4000000 --num-envs 8 --hidden-sizes 200 --learning-rate 3e-3 \
     --weight reward-to-go --norm-weight --restart-returns --ent-coef 0.01 --norm-obs
   experiment ppo envs.pong:PongDifference-v0 2000000 --num-envs 16 --num-steps 128 --num-minibatches 8 \
     --update-epochs 4 --hidden-sizes 200 --learning-rate 5e-4 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.01 --norm-obs
@@ -151,13 +152,14 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
 
 names=() commands=()
 experiment() {
-  local algo=$1 env=$2 steps exp_name=$1 seed
-  [[ " ${ALGOS:-$algo} " == *" $algo "* && " ${ENVS:-$env} " == *" $env "* ]] || return 0
+  local algo=$1 env=$2 steps exp_name=$1 first=${FIRST_SEED:-${from:-11}} seed
+  local name=${env##*:} # without its module
+  [[ " ${ALGOS:-$algo} " == *" $algo "* && " ${ENVS:-$name} " == *" $name "* ]] || return 0
   steps=$(awk "BEGIN { printf \"%d\", $3 * $SCALE }")
   shift 3
   [[ ${1:-} == --exp-name ]] && exp_name=$2
-  for ((seed = FIRST_SEED; seed < FIRST_SEED + seeds; seed++)); do
-    names+=("${env##*:}__${exp_name}__$seed") # without the module of the environment
+  for ((seed = first; seed < first + seeds; seed++)); do
+    names+=("${name}__${exp_name}__$seed")
     commands+=("python algos/$algo.py --env-id $env --total-timesteps $steps${*:+ $*} --seed $seed --eval-episodes 100 --device $DEVICE")
   done
 }

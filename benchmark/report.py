@@ -6,6 +6,7 @@ reads the TensorBoard logs of RUNS_FOLDER/ENV__NAME__SEED/ (made by benchmark.sh
 
     results.csv, results.md    a row per environment and algorithm, or other run of it (a2c-200k: with fewer steps); an
                                overview of the algorithms, also in the README.md beside the folder
+    seeds.csv                  a row per run: its seed, evaluation and commit
     curves.csv                 the learning curves: a row per window of environment steps, mean and std over seeds
     ENV.png                    the curves of every algorithm, against steps and against seconds
     reinforce-weights.png      the three weights of REINFORCE: their curves, and the variance of the gradient if
@@ -22,17 +23,19 @@ What the columns mean:
     training               mean return of the last 100 training episodes, mean over seeds
     iqm, iqm_low, _high    interquartile mean over the episodes of all seeds, with a 95 % bootstrap interval that draws
                            whole seeds: they are what is independent (after R. Agarwal et al., 2021, arXiv:2108.13264).
-                           With few seeds the interval is rough, with one there is none.
+                           With three seeds it is the range from the worst to the best, and covers less than 95 %.
     seconds                of training, without imports and evaluation, mean over seeds
     commit                 of the code that made the runs, + if it had changes that were not committed, resumed if a run
                            was cut and went on (one of dqn.py or ddpg.py had lost its replay buffer then)
     bold                   at or above all published figures of published.csv, with at most as many steps as the best of
                            them had. A published training return is compared with ours, which is stricter than an
                            evaluation; a maximum over training with our final evaluation, which is stricter than it.
+                           Sampled actions score less than the deterministic policy: for the steps, such figures do not
+                           count. Bold compares means; it is no test of significance.
 
 published.csv has a row per published figure. Its std is that over seeds, empty where the source has one run or another
-spread. Its metric is "final deterministic", "training return" or "maximum over training"; what differs from that, as
-sampled actions, stands in the source.
+spread. Its metric is "final deterministic", "training return", "maximum over training", or, where the evaluation
+samples its actions, "final sampled" or "maximum sampled".
 """
 
 import sys
@@ -61,8 +64,8 @@ COLOURS = {  # distinguishable for the colour-blind: M. Okabe, K. Ito: Color Uni
     "trpo": "#009E73",
     "dqn": "#0072B2",
     "ddpg": "#CC79A7",
-    "reinforce-reward-to-go": "#56B4E9",
-    "reinforce-total-return": "#0072B2",
+    "reinforce-reward-to-go": "#0072B2",
+    "reinforce-total-return": "#000000",
 }
 
 PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv")).rename(columns={"return": "mean"})
@@ -118,18 +121,29 @@ def interquartile_mean(evaluations: np.ndarray) -> tuple[float, float, float]:
     return iqm(seeds), *interval.confidence_interval
 
 
-def summarise(folders: list[Path], env_id: str, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The row of results.csv and the rows of curves.csv of one algorithm on one environment; a folder per seed."""
+def commits(folder: Path) -> str:
+    """Those that made the run in `folder`."""
+    lines = (folder.parent / "log.txt").read_text().splitlines()
+    made = {line.split()[0] for line in lines if " python algos/" in line}
+    return ", ".join(sorted(made | {line for line in lines if line.startswith("resumed ")}))
+
+
+def summarise(folders: list[Path], env_id: str, name: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The rows of results.csv, seeds.csv and curves.csv of one algorithm on one environment; a folder per seed."""
     curves, evaluations, training = zip(*(read_run(folder) for folder in folders), strict=True)
     last = pd.concat([curve.iloc[[-1]] for curve in curves])
     means = np.mean(evaluations, axis=1)
     iqm, low, high = interquartile_mean(np.array(evaluations))
-    lines = [line for folder in folders for line in (folder.parent / "log.txt").read_text().splitlines()]
-    commits = {line.split()[0] for line in lines if " python algos/" in line}
-    commits |= {line for line in lines if line.startswith("resumed ")}
+    key = {"environment": env_id, "algorithm": name}
+    runs = {
+        "seed": [int(folder.parent.name.rsplit("__", 1)[1]) for folder in folders],
+        "mean": means,
+        "std": np.std(evaluations, axis=1),
+        "training": training,
+        "commit": [commits(folder) for folder in folders],
+    }
     row = {
-        "environment": env_id,
-        "algorithm": name,
+        **key,
         "seeds": len(folders),
         "episodes": len(evaluations[0]),
         "mean": means.mean(),
@@ -141,14 +155,14 @@ def summarise(folders: list[Path], env_id: str, name: str) -> tuple[pd.DataFrame
         "steps": round(last.steps.mean()),
         "seconds": last.seconds.mean(),
         "steps_per_second": round((last.steps / last.seconds).mean()),
-        "commit": ", ".join(sorted(commits)),
+        "commit": ", ".join(sorted({commit for of_run in runs["commit"] for commit in of_run.split(", ")})),
     }
     by_window = pd.concat(curves).groupby(level=0)
     curve = by_window.mean()
     curve.insert(3, "std", by_window["mean"].std())
     curve.insert(0, "environment", env_id)
     curve.insert(1, "algorithm", name)
-    return pd.DataFrame([row]), curve
+    return pd.DataFrame([row]), pd.DataFrame(key | runs), curve
 
 
 def update(path: Path, new: pd.DataFrame) -> pd.DataFrame:
@@ -176,7 +190,8 @@ def at_or_above(row, figures: pd.DataFrame) -> bool:
     if figures.empty:
         return False
     ours = np.where(figures.metric == "training return", row.training, row.mean)
-    return bool((ours >= figures["mean"]).all() and row.steps <= figures.steps.iloc[0])
+    steps = figures.steps[~figures.metric.str.endswith("sampled")]
+    return bool((ours >= figures["mean"]).all() and len(steps) and row.steps <= steps.iloc[0])
 
 
 def plain_score(row, digits: int) -> str:
@@ -196,10 +211,12 @@ def short(steps: float) -> str:
 
 
 def figure_text(figure, digits: int) -> str:
-    """A published figure with its steps, seeds, and its metric if that is not the final evaluation."""
+    """A published figure with its steps and seeds, and what differs: the environment's version, or the metric."""
     spread = "" if np.isnan(figure.std) else f" ± {figure.std:.{digits}f}"
-    metric = {"training return": ", training", "maximum over training": ", maximum"}.get(figure.metric, "")
-    return f"{figure.mean:.{digits}f}{spread} ({short(figure.steps)} x {figure.seeds}{metric})"
+    version = "" if figure.environment.endswith(figure.env_version) else f", {figure.env_version}"
+    words = ["training", "maximum", "sampled"]
+    metric = "".join(f", {word}" for word in words if word in figure.metric.replace("over training", ""))
+    return f"{figure.mean:.{digits}f}{spread} ({short(figure.steps)} x {figure.seeds}{version}{metric})"
 
 
 def markdown_rows(rows: list[list]) -> str:
@@ -219,13 +236,15 @@ def overview(table: pd.DataFrame) -> str:
             best = figure_text(next(figures.itertuples()), 0) if len(figures) else "none"
             cells[row.algorithm] = f"{ours}<br>{best}"
         rows.append([env_id, *(cells.get(name, "") for name in ALGORITHMS)])
-    commits = sorted({commit.split()[-1] for commits in table.commit for commit in commits.split(", ")})
+    made_at = sorted({commit.split()[-1] for of_row in table.commit for commit in of_row.split(", ")})
     return (
         f"{markdown_rows(rows)}\n"
         "Above: the return of the final deterministic policy, mean ± sample deviation over the seeds (steps x seeds).\n"
-        "Below: the best published figure; one of training episodes, or the maximum over training, is named as such.\n"
-        "Bold: at or above all [published figures](benchmark/published.csv), with no more steps than the best.\n"
-        f"Made at {', '.join(commits)}.\n"
+        "Below: the best figure of [published.csv](benchmark/published.csv), and where they differ the environment's\n"
+        "version and the metric (training returns, the maximum over training, sampled actions).\n"
+        "Bold: at or above every figure there, in no more steps than the best; training returns stand beside ours.\n"
+        "It compares means and is no test of significance: some leads are smaller than their standard error.\n"
+        f"Made at {', '.join(made_at)}.\n"
     )
 
 
@@ -243,7 +262,8 @@ def details(table: pd.DataFrame) -> str:
         rows.append(cells)
     return (
         f"{markdown_rows(rows)}\n"
-        "Training: the last 100 training episodes. IQM: interquartile mean with a 95 % bootstrap interval.\n"
+        "Training: the last 100 training episodes. IQM: interquartile mean with a bootstrap interval over the seeds;\n"
+        "of three seeds it is their range. Every single run: seeds.csv.\n"
         "Seconds and steps/s: of training, a thread per run. Published: return (steps x seeds).\n"
         "What the columns mean: report.py. Sources: published.csv.\n"
     )
@@ -270,21 +290,22 @@ def plot_environment(env_id: str, table: pd.DataFrame, curves: pd.DataFrame, pat
     for row in table.itertuples():
         curve = curves[curves.algorithm == row.algorithm]
         for axes, x in ((by_steps, "steps"), (by_seconds, "seconds")):
-            draw(axes, curve, x, f"{row.algorithm}  {plain_score(row, 0)}")
+            draw(axes, curve, x, f"{row.algorithm}  {plain_score(row, 0)} ({row.seeds})")
             end = curve[x].iloc[-1]
             axes.errorbar(
                 end, row.mean, row.std, fmt="o", markersize=5, capsize=3, color=COLOURS.get(row.algorithm, "black")
             )
-    style(by_steps, "environment steps", "episodic return")
+    uneven = table.steps.max() >= 10 * table.steps.min()  # on a linear axis the shorter curves could not be seen
+    style(by_steps, "environment steps", "episodic return (training)", xscale="log" if uneven else "linear")
     by_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
-    style(by_seconds, "seconds of training (one core)", xscale="log")
-    by_seconds.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    by_seconds.xaxis.set_major_formatter(EngFormatter(sep=""))
+    cores = "one core; a3c: two" if "a3c" in set(table.algorithm) else "one core"
+    style(by_seconds, f"seconds of training ({cores})", xscale="log")
+    by_seconds.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    by_seconds.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
     by_seconds.xaxis.set_minor_formatter(NullFormatter())
-    seeds = "–".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))  # 3 or 2–3
-    figure.suptitle(f"{env_id}: mean and standard deviation over seeds ({seeds}); dots: final evaluation")
+    figure.suptitle(f"{env_id}: training, mean and standard deviation over seeds; dots: final evaluation")
     handles, labels = by_steps.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, title="evaluation")
+    figure.legend(handles, labels, loc="outside right center", frameon=False, title="evaluation (seeds)")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -301,7 +322,7 @@ def plot_weights(curves: pd.DataFrame, variances: pd.DataFrame | None, path: Pat
     for axes in others:
         for weight, points in variances.groupby("weight"):
             axes.scatter(points.mean_return, points.gradient_variance, color=COLOURS[WEIGHTS[weight]], s=14)
-        style(axes, "mean return of the policy", "variance", title="gradient of an episode, by policy", yscale="log")
+        style(axes, "mean return of the policy", yscale="log", title="variance of the gradient of one episode")
     figure.suptitle("REINFORCE on CartPole-v1 with each --weight")
     figure.legend(*returns.get_legend_handles_labels(), loc="outside right center", frameon=False, title="weight")
     figure.savefig(path, dpi=150)
@@ -318,10 +339,11 @@ def main(runs_folder: Path, results_folder: Path) -> None:
             seeds.setdefault((env_id, name), []).append(folder)
     if not seeds:
         sys.exit(f"error: no finished run in {runs_folder}")
-    rows, curves = zip(*(summarise(folders, *key) for key, folders in seeds.items()), strict=True)
+    rows, runs, curves = zip(*(summarise(folders, *key) for key, folders in seeds.items()), strict=True)
 
     results_folder.mkdir(parents=True, exist_ok=True)
     table = update(results_folder / "results.csv", pd.concat(rows))
+    update(results_folder / "seeds.csv", pd.concat(runs))
     curves = update(results_folder / "curves.csv", pd.concat(curves))
     (results_folder / "results.md").write_text(f"{overview(table)}\n{details(table)}".replace("(benchmark/", "("))
     readme = results_folder.parent / "README.md"
