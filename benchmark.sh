@@ -39,13 +39,13 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   # the other keep upright with 0.995. With 0.995 TRPO's LunarLander hovers for 800,000 steps or more; with 0.999 two seeds of
   # three land after 400,000. On Pendulum 0.95 instead of 0.9 is worth 17 to 36 points of return.
   # On REINFORCE's Acrobot: before V knows the returns, R - V is -99 for every action, and the policy runs off; with
-  # norm-weight it learned on four seeds of four, without it on two of five.
+  # norm-weight it learned on four seeds of five, without it on two.
   # On Swimmer: even with gamma 0.9999 TRPO and PPO stayed at returns of 130 to 150 with one environment, on two seeds
-  # each; with four environments they reached 350 and 310.
+  # each; with four environments they reached 350 and 310 there.
   # On TRPO's InvertedDoublePendulum: once the pole stands, advantages are little more than noise, and every step goes as
   # far as target-kl allows. With 0.02 and rollouts of 2048 steps three runs of three had lost it again after a million.
   # On A2C's HalfCheetah: with 8 steps of 8 environments at 7e-4 seven runs of eight stay near 1,600; with 16 of 16 at 2e-3
-  # four of five get past 3,000.
+  # four of five (1 and 2, 31 to 33) get past 3,000.
   # On REINFORCE's Pong, seed 1, after 450,000 steps: -17 with these settings, and with a baseline besides; -20 with 1e-3,
   # or without norm-obs (and with 1e-2 the entropy is gone by then). Without the bonus it learns as fast up to a million.
   # On target-kl: without it ten epochs at 3e-4 moved PPO's HalfCheetah (256-256, first σ e^-2) by a KL of 0.15 a rollout,
