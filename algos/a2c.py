@@ -10,8 +10,8 @@ The smaller λ, the sooner the critic takes over: less variance, more bias. The 
 
     L = E_t[ log π_θ(a_t|s_t) Â_t - c_v (V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ],  maximised; Â_t and R̂_t are constants
 
-LayerNorm before each tanh was tried and left out. Over five seeds (101 to 105) it makes no difference on LunarLander:
-184 ± 76, 188 ± 74 without it. On HalfCheetah it lifts rollouts of 8 steps from 2302 to 3970 (± 1965), as longer ones do.
+LayerNorm before each tanh was tried and left out. Over five seeds (101 to 105) it makes no difference on LunarLander
+(184 ± 76, without it 188 ± 74); on HalfCheetah it lifts rollouts of 8 steps from 2302 to 3970, as longer ones do.
 
 V. Mnih et al.: Asynchronous Methods for Deep Reinforcement Learning, 2016, arXiv:1602.01783.
 GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.

@@ -30,7 +30,7 @@ WIND = "--env-kwargs enable_wind True --total-timesteps 300000"
 VARIANTS = {  # flags; the colour of the curve
     "from scratch": ("", "#0072B2"),
     "from the calm run": ("--init-from {calm}/checkpoint.pt", "#009E73"),
-    "only the last layers": ("--init-from {calm}/checkpoint.pt --freeze 2", "#E69F00"),
+    "from the calm run, last layers only": ("--init-from {calm}/checkpoint.pt --freeze 2", "#E69F00"),
 }
 
 
@@ -65,8 +65,11 @@ def main(jobs: int) -> None:
     evaluations = by_variant["evaluation"].agg(["mean", "std"]).add_prefix("evaluation_")
     table = by_variant["mean"].agg(["mean", "std"]).join(evaluations)
     table.reset_index().to_csv(RESULTS / "transfer.csv", index=False, float_format="%.5g")
+    plot(table)
 
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+
+def plot(table: pd.DataFrame) -> None:
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     for name, (_, colour) in VARIANTS.items():
         here = table.loc[name]
         score = f"{here.evaluation_mean.iloc[-1]:.0f} ± {here.evaluation_std.iloc[-1]:.0f}"
@@ -74,7 +77,8 @@ def main(jobs: int) -> None:
         axes.fill_between(
             here.index, here["mean"] - here["std"], here["mean"] + here["std"], color=colour, alpha=0.2, lw=0
         )
-    style(axes, "steps in the wind", "episodic return", title="TRPO on LunarLander-v3 with wind, five seeds")
+    figure.suptitle("TRPO on LunarLander-v3 with wind: mean and standard deviation of five seeds")
+    style(axes, "steps in the wind", "episodic return (training)")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(loc="outside right center", frameon=False, title="final evaluation")
     figure.savefig(RESULTS / "transfer.png", dpi=150)
