@@ -92,6 +92,7 @@ def test_the_list_makes_the_committed_results(run):
 def test_part(run):
     assert run(ENVS="CartPole") == (2, 'error: no experiment with ALGOS="ppo" ENVS="CartPole"\n', [])
     assert run("-n")[::2] == (2, [])
+    assert run("--dry-run", ENVS="PongDifference-v0")[1].count("--env-id envs.pong:PongDifference-v0") == 1
     assert run(ALGOS="reinforce")[2][3:] == [MEASUREMENT.format(PART), REPORT.format(PART)]
     call, *others, last = run(ALGOS="reinforce", SCALE="0.1", JOBS="1", FIRST_SEED="3")[2]
     flags = "40000 --seed 3 --eval-episodes 5 --device cpu --log-dir runs/benchmark-0.1/CartPole-v1__reinforce__3"

@@ -232,6 +232,14 @@ def test_kwargs_of_the_environment(cli):
     assert read_checkpoint(trained.folder)["args"]["env_kwargs"] == {"reward": "step", "length": 4, "growth": 2}
 
 
+def test_kwargs_win(cli, monkeypatch):
+    """Over what the file itself would pass to an Atari environment."""
+    passed = []
+    monkeypatch.setattr(gym, "make_vec", lambda *_, **options: passed.append(options))
+    assert cli(PPO, small(PPO, "--env-id ALE/Pong-v5 --env-kwargs reward_clipping False")).status == 2  # no environment
+    assert passed[0]["reward_clipping"] is False
+
+
 def test_crash_while_saving(cli, monkeypatch):
     """Whenever a run is killed or the disk is full, the last checkpoint is whole, and the run can go on to its end."""
     saved, save = [], torch.save
@@ -414,7 +422,7 @@ def test_actions(cli, path, name):
         ("gymnasium", "FrozenLake-v1 --env-kwargs is_slippery False"),
         ("Box2D", "LunarLander-v3"),
         ("mujoco", "HalfCheetah-v5"),
-        ("ale_py", "ALE/Pong-v5 --seed 300000 --env-kwargs max_num_frames_per_episode 200 reward_clipping False"),
+        ("ale_py", "ALE/Pong-v5 --seed 300000 --env-kwargs max_num_frames_per_episode 200"),
     ],
 )
 def test_families(cli, package, flags):
