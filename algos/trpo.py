@@ -6,12 +6,12 @@ L for which the mean KL divergence from the policy that collected the data stays
     max_θ L(θ) = E_t[ρ_t Â_t]  subject to  E_t[KL(π_old(·|s_t) ‖ π_θ(·|s_t))] ≤ δ,   ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
 
 Close to θ_old, L grows by g·(θ-θ_old) and the KL divergence is ½ (θ-θ_old)ᵀ H (θ-θ_old), with the policy gradient g
-and the Fisher information matrix H. The best step is then along the natural gradient x = H⁻¹g, and just uses up δ.
+and the Fisher information matrix H. The best step is then along the natural gradient d = H⁻¹g, and just uses up δ.
 Farther off these are only approximations, so the step is cut back until it keeps to the limit and improves L:
 
-    θ = θ_old + α^j √(2δ / xᵀHx) x   for the first j = 0, 1, 2, … for which KL ≤ δ and L(θ) > L(θ_old), if there is one
+    θ = θ_old + α^j √(2δ / dᵀHd) d   for the first j = 0, 1, 2, … for which KL ≤ δ and L(θ) > L(θ_old), if there is one
 
-H is never formed: conjugate gradients solve Hx = g with products Hv = ∇(∇KL·v) alone. A little of the identity is
+H is never formed: conjugate gradients solve Hd = g with products Hv = ∇(∇KL·v) alone. A little of the identity is
 added to H (damping): shorter, stabler steps. Â_t is GAE(λ), and V is fitted to the returns R̂_t = Â_t + V(s_t).
 
 J. Schulman, S. Levine, P. Moritz, M. Jordan, P. Abbeel: Trust Region Policy Optimization, 2015, arXiv:1502.05477.
@@ -265,11 +265,11 @@ def trust_region_step(agent, parameters, x, actions, advantages, args):
         """Hv = ∇(∇KL·v), with damping."""
         return flat(torch.autograd.grad(kl_gradient @ v, parameters, retain_graph=True)) + args.cg_damping * v
 
-    # The natural gradient H⁻¹g, and the step along it that would use up δ if the KL were quadratic and H not damped.
+    # The natural gradient d = H⁻¹g, and the step along it that uses up δ if the KL is quadratic and H not damped.
     natural_gradient = conjugate_gradient(fisher_vector_product, g, args.cg_iters)
-    H_step = fisher_vector_product(natural_gradient)
-    xHx = (natural_gradient @ H_step).clamp(min=1e-20)
-    full_step = (2 * args.target_kl / xHx).sqrt() * natural_gradient
+    Hd = fisher_vector_product(natural_gradient)
+    dHd = (natural_gradient @ Hd).clamp(min=1e-20)
+    full_step = (2 * args.target_kl / dHd).sqrt() * natural_gradient
 
     # The line search: the longest of the steps that keeps to δ and improves L, or else 0, which changes nothing.
     old_theta = flat(parameters).detach()
@@ -287,7 +287,7 @@ def trust_region_step(agent, parameters, x, actions, advantages, args):
         "losses/entropy": old_policy.entropy().mean().item(),
         "losses/surrogate_improvement": (objective - old_objective).item(),
         "losses/line_search_steps": j,  # how often the step was cut back, or refused
-        "losses/cg_residual": ((g - H_step).norm() / g.norm().clamp(min=1e-20)).item(),
+        "losses/cg_residual": ((g - Hd).norm() / g.norm().clamp(min=1e-20)).item(),
     }
 
 
