@@ -46,8 +46,8 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   # far as target-kl allows. With 0.02 and rollouts of 2048 steps three runs of three had lost it again after a million.
   # On A2C's HalfCheetah: with 8 steps of 8 environments at 7e-4 seven runs of eight stay near 1,600; with 16 of 16 at 2e-3
   # four of five (1 and 2, 31 to 33) get past 3,000.
-  # On REINFORCE's LunarLander: with 4 episodes an update at 3e-3 training ends at 156 and 228, with 16 at 5e-3, which make
-  # a quarter of the updates, at 113 and 141 (seeds 1 and 2).
+  # On REINFORCE's LunarLander: over the last 150,000 steps of training, 4 episodes an update at 3e-3 had 155 and 241, 16 at
+  # 5e-3, which make a quarter of the updates, 129 and 142 (seeds 1 and 2).
   # On REINFORCE's Pong, seed 1, after 450,000 steps: -17 with these settings, and with a baseline besides; -20 with 1e-3,
   # or without norm-obs (and with 1e-2 the entropy is gone by then). Without the bonus it learns as fast up to a million.
   # With two games an update at 2e-3 it is at 0 after a million, on seed 2 at -7, or at 0 with a bonus of 0.02. But with 2
