@@ -5,7 +5,7 @@ plays a few steps of its environments with the copy θ', computes the gradient o
 it on θ, which others have changed in the meantime. θ is not locked: two steps seldom meet, and then do little harm
 (Hogwild). The running squares g of RMSprop are shared, too.
 
-    θ' ← θ;   play t = 1 … T with π_θ'
+    θ' ← θ;   play t = 0 … T-1 with π_θ'
     Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},   δ_t = r_t + γ V(s_{t+1}) - V(s_t),   R̂_t = Â_t + V(s_t)
     L = E_t[ log π_θ'(a_t|s_t) Â_t - c_v (V_θ'(s_t) - R̂_t)² + c_e H[π_θ'(·|s_t)] ],   Δθ = -∇_θ' L
     g ← α g + (1-α) Δθ²,   θ ← θ - η Δθ / (√g + ε)
@@ -59,7 +59,7 @@ class Args:
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
     norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of the environment: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # environment arguments: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -176,7 +176,7 @@ class Agent(nn.Module):
 
     def numpy_policy(self, rng=None):
         """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...). Make it anew after an update."""
-        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.actor)[::2]]
+        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.actor[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
         def act(obs):  # in NumPy: on a few rows faster than torch
@@ -209,7 +209,7 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Advantages Â and returns R̂ = Â + V, both (T, N), of rewards, terminated, truncated (T, N) and values (T+1, N).
 
-    A terminal state is worth 0, a truncated one its value; no Â reaches past the end of its episode (Schulman 2016).
+    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Rows that only reset mean nothing.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -288,7 +288,7 @@ def work(worker, args, shared, squares, counters, messages, first_step):
     global_step, num_updates = counters
     seed = (args.seed + first_step + 10**8 * worker) % 2**31  # a resumed run does not play the same episodes again
     rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
-    obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
+    obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))  # the last, s_T, is where a rollout begins
     actions = np.stack([agent.numpy_policy()(obs[0])] * T)  # for their shape and dtype
     rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T + 1, N))
     terminated, truncated, valid = np.zeros((3, T, N), bool)
@@ -416,9 +416,9 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options | args.env_kwargs)
+        envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
-        if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
+        if isinstance(space, gym.spaces.Dict):  # texts, such as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
@@ -536,7 +536,7 @@ def main():
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # not by tyro, which takes no new names beside a default
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # given a default, tyro refuses names that are not in it
     if args.evaluate:
         envs = make_envs(args, 1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))

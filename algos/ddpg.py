@@ -9,8 +9,8 @@ transitions from a replay buffer, with the actor's action instead of the best on
     φ_targ ← τ φ + (1 - τ) φ_targ, for the parameters φ of both
 
 μ is deterministic, so noise is added to its actions for exploration. Actions and noise are in units of half the range
-of each axis, so that the bounds are -1 and 1 (an axis without two bounds: in its own units). Either the noise of each
-step is new, ε_t ~ N(0, σ²), or it is an Ornstein-Uhlenbeck process, which keeps pushing one way for about 1/θ steps:
+of each axis, so that the bounds are -1 and 1 (also for an axis without two bounds, in its own units). Either the noise
+of each step is new, ε_t ~ N(0, σ²), or it is an Ornstein-Uhlenbeck process, which pushes one way for about 1/θ steps:
 
     x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15;  its std is σ in the long run, too
 
@@ -19,7 +19,7 @@ deep reinforcement learning, 2016, arXiv:1509.02971. Most defaults are those of 
 Addressing Function Approximation Error in Actor-Critic Methods, 2018, arXiv:1802.09477.
 
     python algos/ddpg.py --env-id Pendulum-v1
-    python algos/ddpg.py --env-id LunarLanderContinuous-v3 --total-timesteps 300000 --noise ou
+    python algos/ddpg.py --env-id Pendulum-v1 --noise ou
 """
 
 import copy
@@ -56,7 +56,7 @@ class Args:
     noise: Literal["gaussian", "ou"] = "gaussian"  # exploration noise: independent, or Ornstein-Uhlenbeck
     exploration_noise: float = 0.1  # σ of the noise, in units of half the range of each action
     env_id: str = "Pendulum-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of the environment: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # environment arguments: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -95,7 +95,7 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         if not (isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"):
-            fail(f"{Path(__file__).name} takes float Box actions, not {action_space}; ppo.py takes other kinds")
+            fail(f"{Path(__file__).name} takes float Box actions, not {action_space}; ppo.py takes others, too")
         if len(obs_space.shape) == 3:
             fail(f"{Path(__file__).name} takes vectors, not images; ppo.py and a2c.py take images")
         self.action_space = action_space
@@ -276,9 +276,9 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options | args.env_kwargs)
+        envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
-        if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
+        if isinstance(space, gym.spaces.Dict):  # texts, such as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
@@ -396,7 +396,7 @@ def main():
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # not by tyro, which takes no new names beside a default
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # given a default, tyro refuses names that are not in it
     if args.evaluate:
         envs = make_envs(args, 1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))

@@ -14,8 +14,8 @@ one network choose the action and the other evaluate it:
     y = r + γ (1 - terminated) Q_targ(s', argmax_a' Q(s', a'))
 
 Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With no --hidden-sizes Q
-is linear, and on a Discrete observation, which is flattened to one-hot, this is tabular Q-learning with replay. The
-paper clips errors to ±1. We do not: the many small ones would outweigh the few large ones at the ends of episodes.
+is linear; on a Discrete observation, which is flattened to one-hot, it is a table of Q-values plus a bias per action.
+The paper clips errors to ±1. We do not: the many small ones would outweigh the few large ones at the ends of episodes.
 
 V. Mnih et al.: Human-level control through deep reinforcement learning, Nature 518, 2015. Double DQN: H. van Hasselt,
 A. Guez, D. Silver: Deep Reinforcement Learning with Double Q-learning, 2016, arXiv:1509.06461.
@@ -64,7 +64,7 @@ class Args:
     exploration_fraction: float = 0.2  # share of the total timesteps in which ε falls from start_e to end_e
     double_q: bool = True  # Double DQN: Q chooses the action in y, Q_targ evaluates it
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of the environment: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # environment arguments: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -113,7 +113,7 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         if not isinstance(action_space, gym.spaces.Discrete):
-            fail(f"{Path(__file__).name} takes Discrete actions, not {action_space}; ppo.py takes all kinds")
+            fail(f"{Path(__file__).name} takes Discrete actions, not {action_space}; ppo.py takes others, too")
         self.obs_space, self.action_space = obs_space, action_space
         self.is_image = len(obs_space.shape) == 3
         shape = self.preprocess(obs_space.low).shape
@@ -133,7 +133,7 @@ class Agent(nn.Module):
 
     def numpy_policy(self):
         """argmax_a Q(s, a) as a function of arrays (B, ...): on a few rows faster than torch."""
-        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.q)[::2]]
+        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.q[::2]]
 
         def act(obs):
             x = self.preprocess(obs)
@@ -159,14 +159,14 @@ class ReplayBuffer:
     """
 
     def __init__(self, size, num_envs, obs_space, stack=1):
-        shape = (size // num_envs + stack, num_envs)
+        self.num_rows, self.num_envs, self.stack = size // num_envs + stack, num_envs, stack
+        shape = (self.num_rows, num_envs)
         frame_shape = obs_space.shape[1:] if stack > 1 else obs_space.shape
         self.frames = np.zeros((*shape, *frame_shape), obs_space.dtype)
         self.actions, self.age = np.zeros((2, *shape), np.int64)  # age: steps since the start of the episode
         self.rewards = np.zeros(shape, np.float32)
         self.terminated, self.valid = np.zeros((2, *shape), bool)
-        self.num_rows, self.num_envs, self.stack = *shape, stack
-        self.row = 0  # counts on; its place in the ring is row % num_rows
+        self.row = 0  # never wraps; its place in the ring is row % num_rows
 
     def add(self, obs, actions, rewards, next_obs, terminated, valid):
         """A step of all environments, arrays (N, ...). valid: false if it only reset."""
@@ -326,9 +326,9 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options | args.env_kwargs)
+        envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
-        if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
+        if isinstance(space, gym.spaces.Dict):  # texts, such as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
@@ -446,7 +446,7 @@ def main():
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # not by tyro, which takes no new names beside a default
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # given a default, tyro refuses names that are not in it
     if args.evaluate:
         envs = make_envs(args, 1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))

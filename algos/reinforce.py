@@ -42,21 +42,21 @@ from tqdm import tqdm
 @dataclass
 class Args:
     total_timesteps: int = 400_000  # environment steps to train for, all environments together
-    num_envs: int = 16  # N parallel environments, each of which plays one whole episode per update
+    num_envs: int = 16  # N parallel environments: one episode of each per update; steps that one waits count
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of actor and critic; none: linear (images: always 512)
     log_std_init: float = 0.0  # initial log σ of the Gaussian policy; 0: σ is half the range of each action
     learning_rate: float = 5e-3  # step size of Adam, for the policy and for V
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the total timesteps
     gamma: float = 0.99  # discount γ
     weight: Literal["total-return", "reward-to-go", "baseline"] = "baseline"  # Φ, the weight of ∇ log π
-    restart_returns: bool = False  # R_t ends at the next reward other than 0, in Pong a rally; not for total-return
+    restart_returns: bool = False  # R_t ends at the next reward other than 0 (Pong: a rally); not for total-return
     norm_weight: bool = False  # standardise Φ over each update: helps all three on CartPole, but biases g a little
     critic_updates: int = 10  # gradient steps of the critic on the returns of each update (baseline only)
     ent_coef: float = 0.0  # c_e, weight of an entropy bonus: c_e Σ_t ∇ H[π_θ(·|s_t)] is added to g
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
     norm_reward: bool = False  # divide returns by their running std
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of the environment: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # environment arguments: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -173,7 +173,7 @@ class Agent(nn.Module):
 
     def numpy_policy(self, rng=None):
         """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...). Make it anew after an update."""
-        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.actor)[::2]]
+        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.actor[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
         def act(obs):  # in NumPy: on a few rows faster than torch
@@ -204,9 +204,9 @@ class Agent(nn.Module):
 
 # ==== REINFORCE
 def rewards_to_go(rewards, gamma, restart=False):
-    """R_t = Σ_{k≥t} γ^{k-t} r_k, (T, N), of rewards (T, N). A column is one episode, and zeros after it.
+    """R_t = Σ_{k≥t} γ^{k-t} r_k, (T, N), of rewards (T, N); with restart up to the first r_k other than 0.
 
-    Nothing is added for what a time limit cuts off: g is unbiased for the return within the limit, as evaluated.
+    A column is an episode, then zeros. What a time limit cuts off is not added: g is that of the return within the limit.
     """
     discount = np.where(restart & (rewards != 0), 0, gamma)
     returns, R = np.zeros_like(rewards), 0.0
@@ -272,7 +272,7 @@ def train(args):
             if args.weight == "total-return":
                 b_weights = torch.as_tensor(np.broadcast_to(returns[0], returns.shape)[valid], device=device)
             elif args.weight == "baseline":
-                with torch.no_grad():  # images: the features belong to the policy
+                with torch.no_grad():  # images: only the policy trains the encoder
                     features = agent.encoder(b_x)
                     b_values = agent.critic(features)
                 b_weights = b_returns - b_values
@@ -354,9 +354,9 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options | args.env_kwargs)
+        envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
-        if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
+        if isinstance(space, gym.spaces.Dict):  # texts, such as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
@@ -474,7 +474,7 @@ def main():
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # not by tyro, which takes no new names beside a default
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # given a default, tyro refuses names that are not in it
     if args.evaluate:
         envs = make_envs(args, 1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))

@@ -18,7 +18,7 @@ J. Schulman, S. Levine, P. Moritz, M. Jordan, P. Abbeel: Trust Region Policy Opt
 GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
 
     python algos/trpo.py --env-id CartPole-v1
-    python algos/trpo.py --env-id Pendulum-v1 --total-timesteps 200000 --gamma 0.95
+    python algos/trpo.py --env-id Pendulum-v1 --num-envs 2 --num-steps 1024 --gamma 0.95 --critic-updates 15
 """
 
 import signal
@@ -61,7 +61,7 @@ class Args:
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10 (moves π beyond δ)
     norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of the environment: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # environment arguments: NAME VALUE …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -178,7 +178,7 @@ class Agent(nn.Module):
 
     def numpy_policy(self, rng=None):
         """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...). Make it anew after an update."""
-        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in list(self.actor)[::2]]
+        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.actor[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
         def act(obs):  # in NumPy: on a few rows faster than torch
@@ -211,7 +211,7 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Advantages Â and returns R̂ = Â + V, both (T, N), of rewards, terminated, truncated (T, N) and values (T+1, N).
 
-    A terminal state is worth 0, a truncated one its value; no Â reaches past the end of its episode (Schulman 2016).
+    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Rows that only reset mean nothing.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -286,7 +286,7 @@ def trust_region_step(agent, parameters, x, actions, advantages, args):
         "losses/kl": kl.item(),
         "losses/entropy": old_policy.entropy().mean().item(),
         "losses/surrogate_improvement": (objective - old_objective).item(),
-        "losses/line_search_steps": j,  # how often the step was cut back, or refused
+        "losses/line_search_steps": j,  # how often the step was cut back; all of them: refused
         "losses/cg_residual": ((g - Hd).norm() / g.norm().clamp(min=1e-20)).item(),
     }
 
@@ -308,7 +308,7 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
-        obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))
+        obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))  # the last, s_T, is where a rollout begins
         actions = np.stack([agent.numpy_policy()(obs[0])] * T)  # for their shape and dtype
         rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T + 1, N))
         terminated, truncated, valid = np.zeros((3, T, N), bool)
@@ -346,7 +346,7 @@ def train(args):
             scalars = trust_region_step(agent, parameters, b_x, b_actions, b_advantages, args)
 
             # 4. Fit V to R̂_t by least squares, in epochs of minibatches.
-            with torch.no_grad():  # images: the features belong to the policy
+            with torch.no_grad():  # images: only the policy trains the encoder
                 features = agent.encoder(b_x)
             for _ in range(args.critic_updates):
                 order = torch.as_tensor(rng.permutation(len(b_x)), device=device)
@@ -412,9 +412,9 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec("ale_py:" * is_atari + env_id, num_envs, **options | args.env_kwargs)
+        envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
-        if isinstance(space, gym.spaces.Dict):  # texts, as MiniGrid's mission, are left out
+        if isinstance(space, gym.spaces.Dict):  # texts, such as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
             envs = gym.wrappers.vector.FilterObservation(envs, parts)
         image = space.dtype == np.uint8 and len(space.shape) == 3 and min(space.shape[1], max(space.shape[::2])) >= 36
@@ -532,7 +532,7 @@ def main():
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]
         args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # not by tyro, which takes no new names beside a default
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs  # given a default, tyro refuses names that are not in it
     if args.evaluate:
         envs = make_envs(args, 1)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(select_device(args.device))
