@@ -10,7 +10,7 @@
 #
 # SEEDS          number of seeds (5 on CartPole, Acrobot and Pendulum, 3 elsewhere)
 # FIRST_SEED     the first of them. The settings were chosen on seeds 1 to 3, so the first one shown is 11, or for those that
-#                replaced others once seeds from 11 on had been seen, 21 or 31.
+#                replaced others once seeds from 11 on had been seen, 21 to 41.
 # JOBS           runs side by side (as many as there are cores)
 # ALGOS, ENVS    what to run (all)
 # SCALE          factor on the steps (1)
