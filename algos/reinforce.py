@@ -206,7 +206,7 @@ class Agent(nn.Module):
 def rewards_to_go(rewards, gamma, restart=False):
     """R_t = Σ_{k≥t} γ^{k-t} r_k, (T, N), of rewards (T, N); with restart up to the first r_k other than 0.
 
-    A column is an episode, then zeros. What a time limit cuts off is not added: g is that of the return within the limit.
+    A column is an episode, then zeros. What a time limit cuts off does not count: g is that of the return within it.
     """
     discount = np.where(restart & (rewards != 0), 0, gamma)
     returns, R = np.zeros_like(rewards), 0.0
