@@ -196,7 +196,7 @@ def at_or_above(row, figures: pd.DataFrame) -> bool:
 
 def plain_score(row, digits: int) -> str:
     """Mean ± standard deviation, if there are several seeds."""
-    return f"{row.mean:.{digits}f}" + (f" ± {row.std:.{digits}f}" if row.seeds > 1 else "")
+    return f"{row.mean:z.{digits}f}" + (f" ± {row.std:.{digits}f}" if row.seeds > 1 else "")
 
 
 def score(row, digits: int) -> str:
