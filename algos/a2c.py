@@ -10,8 +10,8 @@ The smaller λ, the sooner the critic takes over: less variance, more bias. The 
 
     L = E_t[ log π_θ(a_t|s_t) Â_t - c_v (V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ],  maximised; Â_t and R̂_t are constants
 
-LayerNorm before each tanh was tried and left out. Over five seeds it made no difference on LunarLander (184 ± 76; 188 ±
-74 without it), and raised HalfCheetah from 2302 ± 1424 to 3970 ± 1965; longer rollouts do as much without it.
+LayerNorm before each tanh was tried and left out. Over five seeds, with settings of then, it made no difference on
+LunarLander (184 ± 76; 188 ± 74 without it); HalfCheetah went from 2302 ± 1424 to 3970 ± 1965, as with longer rollouts.
 
 V. Mnih et al.: Asynchronous Methods for Deep Reinforcement Learning, 2016, arXiv:1602.01783.
 GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
