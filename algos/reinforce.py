@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    total_timesteps: int = 400_000  # environment steps to train for, all environments together
+    total_timesteps: int = 400_000  # environment steps, all environments together; episodes this cuts off are dropped
     num_envs: int = 16  # N parallel environments: one episode of each per update; steps spent waiting count, too
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of actor and critic; none: linear (images: always 512)
     log_std_init: float = 0.0  # initial log σ of the Gaussian policy; 0: σ is half the range of each action
