@@ -10,7 +10,7 @@ The smaller λ, the sooner the critic takes over: less variance, more bias. The 
 
     L = E_t[ log π_θ(a_t|s_t) Â_t - c_v (V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ],  maximised; Â_t and R̂_t are constants
 
-LayerNorm before each tanh was tried and left out. Over five seeds, with settings of then, it made no difference on
+LayerNorm before each tanh was tried and left out. Over five seeds, with earlier settings, it made no difference on
 LunarLander (184 ± 76; 188 ± 74 without it); HalfCheetah went from 2302 ± 1424 to 3970 ± 1965, as with longer rollouts.
 
 V. Mnih et al.: Asynchronous Methods for Deep Reinforcement Learning, 2016, arXiv:1602.01783.
