@@ -2,8 +2,9 @@
 
     python benchmark/parallel.py [REPETITIONS]
 
-Every row of a group does the same work: the same number of environments, steps and updates in all. One thread per
-process; the commands of a group take turns, REPETITIONS times (3), on a machine that should be idle.
+Every row of a group does the same work: the same number of environments, steps and updates in all; but in the last two
+groups, where the number of A3C's workers grows to that of the cores, as much for each worker. One thread per process;
+the commands of a group take turns, REPETITIONS times (3), on a machine that should be idle.
 """
 
 import os
@@ -19,7 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 CARTPOLE = "--env-id CartPole-v1 --total-timesteps 200000"
 PPO = "algos/ppo.py --num-minibatches 32 --learning-rate 3e-4 --env-id HalfCheetah-v5 --total-timesteps 40960"
 PONG = "algos/ppo.py --env-id ALE/Pong-v5 --num-steps 128 --update-epochs 4 --total-timesteps 4096"
+LANDER = "--env-id LunarLander-v3 --num-steps 128 --gamma 0.995 --gae-lambda 0.98 --norm-obs --norm-reward"
 TORCHRUN = "torchrun --nproc-per-node 2"
+WORKERS = [2**i for i in range(os.cpu_count().bit_length())]  # 1, 2, 4 …
 GROUPS = [  # commands by name; the first is what the others are compared with
     {
         "a2c, CartPole, 16 environments": f"python algos/a2c.py {CARTPOLE}",
@@ -38,6 +41,14 @@ GROUPS = [  # commands by name; the first is what the others are compared with
     {
         "ppo, Pong, 8 environments": f"python {PONG} --num-envs 8",
         "2 processes x 4": f"{TORCHRUN} {PONG} --num-envs 4",
+    },
+    {
+        f"a3c, CartPole, {k} x 8": f"python algos/a3c.py --num-workers {k} --total-timesteps {100_000 * k}"
+        for k in WORKERS
+    },
+    {
+        f"a3c, LunarLander, {k} x 8": f"python algos/a3c.py {LANDER} --num-workers {k} --total-timesteps {60_000 * k}"
+        for k in WORKERS
     },
 ]
 
