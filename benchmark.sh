@@ -50,9 +50,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   # 5e-3, which make a quarter of the updates, 129 and 142 (seeds 1 and 2).
   # On REINFORCE's Pong, seed 1, after 450,000 steps: -17 with these settings, and with a baseline besides; -20 with 1e-3,
   # or without norm-obs (and with 1e-2 the entropy is gone by then). Without the bonus it learns as fast up to a million.
-  # With two games an update at 2e-3 it is at 0 after a million, on seed 2 at -7, or at 0 with a bonus of 0.02. But that
-  # got -3.7 and -4.7 with 2 million steps in all (seeds 31 and 32), and of 4 million it was at -12 after 1 to 1.5
-  # (41 and 42), the entropy rising.
+  # On two games an update instead of eight see benchmark/README.md.
   # On target-kl: without it ten epochs at 3e-4 moved PPO's HalfCheetah (256-256, first σ e^-2) by a KL of 0.15 a rollout,
   # and threw a policy worth 4,500 onto its back, where it stayed for 150,000 steps.
 

@@ -391,7 +391,7 @@ def main():
     sys.path.insert(0, str(Path.cwd()))  # `my_env:MyEnv-v0` finds my_env.py in the current directory
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     torch.backends.cudnn.deterministic = True
-    torch.set_flush_denormal(True)  # a CPU is slow on numbers like 1e-40, to which Adam's averages of dead units fade
+    torch.set_flush_denormal(True)  # a CPU is slow on numbers like 1e-40, to which running averages of dead units fade
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]

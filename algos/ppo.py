@@ -49,7 +49,7 @@ class Args:
     gae_lambda: float = 0.8  # λ of GAE: 0 is the one-step TD error, 1 the Monte-Carlo return with bootstrap
     update_epochs: int = 10  # K epochs over each rollout
     num_minibatches: int = 4  # minibatches per epoch
-    clip_coef: float = 0.2  # ε, how far the probability ratio may move from 1
+    clip_coef: float = 0.2  # ε: the objective clips the probability ratio to [1-ε, 1+ε]
     ent_coef: float = 0.0  # c_e, weight of the entropy bonus
     vf_coef: float = 0.5  # c_v, weight of the squared value error (without the ½ that some write before it)
     max_grad_norm: float = 0.5  # clip gradients to this norm
@@ -207,7 +207,7 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Advantages Â and returns R̂ = Â + V, both (T, N), of rewards, terminated, truncated (T, N) and values (T+1, N).
 
-    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Rows that only reset mean nothing.
+    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Steps that only reset mean nothing.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -245,7 +245,7 @@ def train(args):
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     T, N = args.num_steps, args.num_envs
     if args.total_timesteps < T * N * W or args.num_minibatches > T // 2 * N:  # every second step may only reset
-        fail("--num-envs times --num-steps must be at most --total-timesteps, half of it at least --num-minibatches")
+        fail("--total-timesteps must cover a rollout, and --num-minibatches be at most num_envs * (num_steps // 2)")
 
     run_class = Run if rank == 0 else Follower  # only the first process has a log and checkpoints
     with run_class(args, agent=agent, optimizer=optimizer) as run:
@@ -541,7 +541,7 @@ def main():
     sys.path.insert(0, str(Path.cwd()))  # `my_env:MyEnv-v0` finds my_env.py in the current directory
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     torch.backends.cudnn.deterministic = True
-    torch.set_flush_denormal(True)  # a CPU is slow on numbers like 1e-40, to which Adam's averages of dead units fade
+    torch.set_flush_denormal(True)  # a CPU is slow on numbers like 1e-40, to which running averages of dead units fade
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]

@@ -206,7 +206,7 @@ class Agent(nn.Module):
 def rewards_to_go(rewards, gamma, restart=False):
     """R_t = Σ_{k≥t} γ^{k-t} r_k, (T, N), of rewards (T, N); with restart up to the first r_k other than 0.
 
-    A column is an episode, then zeros. What a time limit cuts off does not count: g is that of the return within it.
+    A column is an episode, then zeros. Rewards after a time limit do not count: g is the gradient of what is before it.
     """
     discount = np.where(restart & (rewards != 0), 0, gamma)
     returns, R = np.zeros_like(rewards), 0.0
@@ -217,9 +217,9 @@ def rewards_to_go(rewards, gamma, restart=False):
 
 
 def reinforce_loss(agent, x, actions, weights, num_episodes):
-    """A loss whose gradient is -g, and the mean entropy, of B steps; actions and weights Φ are of shape (B, ...)."""
+    """A loss whose gradient is -g, and the entropies, (B,), of B steps; actions and weights Φ are of shape (B, ...)."""
     policy = agent.policy(agent.encoder(x))
-    return -(policy.log_prob(actions) * weights).sum() / num_episodes, policy.entropy().mean()
+    return -(policy.log_prob(actions) * weights).sum() / num_episodes, policy.entropy()
 
 
 def train(args):
@@ -282,13 +282,13 @@ def train(args):
             # 3. θ ← θ + α g.
             optimizer.param_groups[0]["lr"] = learning_rate
             policy_loss, entropy = reinforce_loss(agent, b_x, b_actions, b_weights, num_episodes=N)
-            loss = policy_loss - args.ent_coef * entropy * len(b_x) / N  # a sum over each episode, as in g
+            loss = policy_loss - args.ent_coef * entropy.sum() / N
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-            # 4. Fit V to R_t. Not before 3: a V that knows these episodes would bias g.
-            scalars = {"losses/policy_loss": policy_loss.item(), "losses/entropy": entropy.item()}
+            # 4. Fit V to R_t. Not before 2: a V that knows these episodes would bias g.
+            scalars = {"losses/policy_loss": policy_loss.item(), "losses/entropy": entropy.mean().item()}
             if args.weight == "baseline":
                 scalars["losses/value_loss"] = (b_returns - b_values).square().mean().item()
                 critic_optimizer.param_groups[0]["lr"] = learning_rate
@@ -469,7 +469,7 @@ def main():
     sys.path.insert(0, str(Path.cwd()))  # `my_env:MyEnv-v0` finds my_env.py in the current directory
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     torch.backends.cudnn.deterministic = True
-    torch.set_flush_denormal(True)  # a CPU is slow on numbers like 1e-40, to which Adam's averages of dead units fade
+    torch.set_flush_denormal(True)  # a CPU is slow on numbers like 1e-40, to which running averages of dead units fade
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]

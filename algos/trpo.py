@@ -211,7 +211,7 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Advantages Â and returns R̂ = Â + V, both (T, N), of rewards, terminated, truncated (T, N) and values (T+1, N).
 
-    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Rows that only reset mean nothing.
+    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Steps that only reset mean nothing.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -302,7 +302,7 @@ def train(args):
     optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     T, N = args.num_steps, args.num_envs
     if args.total_timesteps < T * N or args.num_minibatches > T // 2 * N:  # every second step may only reset
-        fail("--num-envs times --num-steps must be at most --total-timesteps, half of it at least --num-minibatches")
+        fail("--total-timesteps must cover a rollout, and --num-minibatches be at most num_envs * (num_steps // 2)")
 
     with Run(args, agent=agent, critic_optimizer=optimizer) as run:
         optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
@@ -527,7 +527,7 @@ def main():
     sys.path.insert(0, str(Path.cwd()))  # `my_env:MyEnv-v0` finds my_env.py in the current directory
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     torch.backends.cudnn.deterministic = True
-    torch.set_flush_denormal(True)  # a CPU is slow on numbers like 1e-40, to which Adam's averages of dead units fade
+    torch.set_flush_denormal(True)  # a CPU is slow on numbers like 1e-40, to which running averages of dead units fade
     args = tyro.cli(Args, description=__doc__)
     if path := args.resume or args.evaluate:  # parse again, with the checkpoint's arguments as the defaults
         saved = load_checkpoint(path)["args"]

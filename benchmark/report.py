@@ -236,7 +236,6 @@ def overview(table: pd.DataFrame) -> str:
             best = figure_text(next(figures.itertuples()), 0) if len(figures) else "none"
             cells[row.algorithm] = f"{ours}<br>{best}"
         rows.append([env_id, *(cells.get(name, "") for name in ALGORITHMS)])
-    made_at = sorted({commit.split()[-1] for of_row in table.commit for commit in of_row.split(", ")})
     return (
         f"{markdown_rows(rows)}\n"
         "Above: the return of the final deterministic policy, mean ± sample deviation over the seeds (steps x seeds).\n"
@@ -245,7 +244,6 @@ def overview(table: pd.DataFrame) -> str:
         "Bold: at or above every figure there (results.md has our training return beside published ones), in no more\n"
         "steps than the best whose actions are not sampled, if these are known.\n"
         "It compares means and is no test of significance: some leads are smaller than their standard error.\n"
-        f"Made at {', '.join(made_at)}.\n"
     )
 
 
@@ -265,7 +263,7 @@ def details(table: pd.DataFrame) -> str:
         f"{markdown_rows(rows)}\n"
         "Training: the last 100 training episodes. IQM: interquartile mean with a bootstrap interval over the seeds;\n"
         "of three seeds it is their range. Every single run: seeds.csv.\n"
-        "Seconds and steps/s: of training, a thread per run. Published: return (steps x seeds).\n"
+        "Seconds and steps/s: of training, a thread per process (a3c: two). Published: return (steps x seeds).\n"
         "What the columns mean: report.py. Sources: published.csv.\n"
     )
 
