@@ -237,13 +237,14 @@ done | awk -F, -v jobs="$JOBS" -v scale="$SCALE" '
   }' "$known" -
 echo "tables and pictures go to $RESULTS/"
 
-set -m # each run is a process group: a Ctrl-C reaches it once, from `stop`, and as TERM, for INT may be ignored
 trap stop INT TERM
 for i in "${!names[@]}"; do
   finished "${names[i]}" "${commands[i]}" && continue
   while (($(jobs -rp | wc -l) >= JOBS)); do sleep 1; done
   echo "[$((i + 1))/${#names[@]}] ${names[i]}"
+  set -m # the run is a process group: a Ctrl-C reaches it once, from `stop`, and as TERM, for INT may be ignored
   train "${names[i]}" "${commands[i]}" &
+  set +m # but sleep is not: it would be the only one to get the Ctrl-C
 done
 while (($(jobs -rp | wc -l))); do sleep 1; done
 
@@ -253,7 +254,7 @@ for i in "${!names[@]}"; do
 done
 if ((${#failed[@]} < ${#names[@]})); then
   $measurement
-  python benchmark/report.py "$RUNS" "$RESULTS"
+  python benchmark/report.py "$RUNS" "$RESULTS" "${names[@]}"
 fi
 if ((${#failed[@]})); then
   echo "error: ${#failed[@]} of ${#names[@]} runs failed; the end of their logs:" >&2

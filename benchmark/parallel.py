@@ -2,9 +2,10 @@
 
     python benchmark/parallel.py [REPETITIONS]
 
-Every row of a group does the same work: the same number of environments, steps and updates in all; but in the last two
-groups, where the number of A3C's workers grows to that of the cores, as much for each worker. One thread per process;
-the commands of a group take turns, REPETITIONS times (3), on a machine that should be idle.
+Every row of a group has the same number of environments and steps in all; but in the last two groups, where the number
+of A3C's workers grows to that of the cores, as many for each worker. Processes under torchrun share each update; A3C's
+K workers make K times as many, each with a K-th of the transitions. One thread per process; the commands of a group
+take turns, REPETITIONS times (3), on a machine that should be idle.
 """
 
 import os

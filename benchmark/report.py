@@ -1,8 +1,9 @@
 """Tables and pictures of finished benchmark runs.
 
-    python benchmark/report.py RUNS_FOLDER RESULTS_FOLDER
+    python benchmark/report.py RUNS_FOLDER RESULTS_FOLDER [ENV__NAME__SEED …]
 
-reads the TensorBoard logs of RUNS_FOLDER/ENV__NAME__SEED/ (made by benchmark.sh) and writes to RESULTS_FOLDER
+reads the TensorBoard logs of RUNS_FOLDER/ENV__NAME__SEED/ (made by benchmark.sh; all, or those named) and writes to
+RESULTS_FOLDER
 
     results.csv, results.md    a row per environment and algorithm, or other run of it (a2c-200k: with fewer steps); an
                                overview of the algorithms, also in the README.md beside the folder
@@ -19,12 +20,12 @@ What the columns mean:
 
     episodes               of the deterministic policy after training, each seed
     mean, std              of the seeds' evaluations: each is the mean return of its episodes; std is the sample
-                           deviation (with n - 1), empty for one seed
+                           deviation (with n - 1), empty for one seed; in seeds.csv it is that of the episodes (with n)
     training               mean return of the last 100 training episodes, mean over seeds
     iqm, iqm_low, _high    interquartile mean over the episodes of all seeds, with a 95 % bootstrap interval that draws
                            whole seeds: they are what is independent (after R. Agarwal et al., 2021, arXiv:2108.13264).
                            With three seeds it is the range from the worst to the best, and covers less than 95 %.
-    seconds                of training, without imports and evaluation, mean over seeds
+    seconds                of training, without imports (but for a3c's workers: 2 s) and evaluation, mean over seeds
     commit                 of the code that made the runs, + if it had changes that were not committed, resumed if a run
                            was cut and went on (one of dqn.py or ddpg.py had lost its replay buffer then)
     bold                   at or above all published figures of published.csv, with at most as many steps as the best of
@@ -39,6 +40,7 @@ samples its actions, "final sampled" or "maximum sampled".
 """
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -328,11 +330,11 @@ def plot_weights(curves: pd.DataFrame, variances: pd.DataFrame | None, path: Pat
     plt.close(figure)
 
 
-def main(runs_folder: Path, results_folder: Path) -> None:
+def main(runs_folder: Path, results_folder: Path, names: Collection[str] = ()) -> None:
     seeds = {}  # (environment, name) -> folders of the finished runs
     for log in sorted(runs_folder.glob("*/log.txt")):
         *_, last = log.read_text().splitlines()
-        if last.startswith("eval:"):
+        if last.startswith("eval:") and (not names or log.parent.name in names):
             env_id, name, _ = log.parent.name.rsplit("__", 2)
             (folder,) = (path.parent for path in log.parent.glob("*/checkpoint.pt"))
             seeds.setdefault((env_id, name), []).append(folder)
@@ -362,6 +364,6 @@ def main(runs_folder: Path, results_folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -1,11 +1,13 @@
 """benchmark.sh: its list, what it skips, resumes and survives. report.py: known numbers from small logs."""
 
+import contextlib
 import fcntl
 import os
+import pty
 import re
 import shutil
-import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 report = load(ROOT / "benchmark/report.py")
 MEASUREMENT = "benchmark/gradient_variance.py --out {}/gradient_variance.csv"
-REPORT = "benchmark/report.py runs/benchmark {}"
+REPORT = "benchmark/report.py runs/benchmark {} CartPole-v1__ppo__11"
 PART = "runs/benchmark"  # where a part of the list has its tables and pictures
 
 # In the place of python: a training that takes no time. It writes its command line to the file `calls`. With seed 12 it
@@ -29,16 +31,17 @@ args="$*" && echo "$args" >>calls
 [[ -e cut ]] && { echo "stopped (step 1); resume with: python"; exit 130; }
 echo "eval: mean_return=1.00"
 """
-# In the place of sleep: a tenth of a second; and Ctrl-C for benchmark.sh once a run has begun, if `interrupt` exists.
 FAKE_SLEEP = f"""#!/usr/bin/env bash
-[[ -e interrupt ]] && ls runs/*/*/*/checkpoint.pt && kill -INT $PPID
-{shutil.which("sleep")} 0.1
+exec {shutil.which("sleep")} 0.1
 """
 
 
 @pytest.fixture
 def run(tmp_path):
-    """run(**knobs) runs a copy of benchmark.sh with the fakes: (exit status, output, calls of python)."""
+    """run(**knobs) runs a copy of benchmark.sh with the fakes: (exit status, output, calls of python).
+
+    It has a terminal of its own, at which Ctrl-C is pressed, if so told, as soon as there is a checkpoint.
+    """
     script = (ROOT / "benchmark.sh").read_text().replace("--eval-episodes 100", "--eval-episodes 5")
     for name, text in {"benchmark.sh": script, "python": FAKE_PYTHON, "sleep": FAKE_SLEEP}.items():
         (tmp_path / name).write_text(text)
@@ -46,10 +49,21 @@ def run(tmp_path):
     path = os.pathsep.join([str(tmp_path), os.path.dirname(sys.executable), os.environ["PATH"]])
     environ = os.environ | {"PATH": path, "ALGOS": "ppo", "ENVS": "CartPole-v1", "SEEDS": "1"}
 
-    def run(*args, **knobs):
+    def run(*args, ctrl_c=False, **knobs):
         (tmp_path / "calls").write_text("")
-        done = subprocess.run([tmp_path / "benchmark.sh", *args], env=environ | knobs, capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr, (tmp_path / "calls").read_text().splitlines()
+        script, terminal = pty.fork()
+        if script == 0:
+            os.execve(tmp_path / "benchmark.sh", ["benchmark.sh", *args], environ | knobs)
+        while ctrl_c and not [*tmp_path.glob("runs/*/*/*/checkpoint.pt")]:
+            time.sleep(0.01)
+        os.write(terminal, b"\x03" if ctrl_c else b"")
+        output = b""
+        with contextlib.suppress(OSError):  # at the end of the script
+            while True:
+                output += os.read(terminal, 1000)
+        os.close(terminal)
+        status = os.waitstatus_to_exitcode(os.waitpid(script, 0)[1])
+        return status, output.decode().replace("\r\n", "\n"), (tmp_path / "calls").read_text().splitlines()
 
     return run
 
@@ -93,17 +107,19 @@ def test_part(run):
     assert run(ENVS="CartPole") == (2, 'error: no experiment with ALGOS="ppo" ENVS="CartPole"\n', [])
     assert run("-n")[::2] == (2, [])
     assert run("--dry-run", ENVS="PongDifference-v0")[1].count("--env-id envs.pong:PongDifference-v0") == 1
-    assert run(ALGOS="reinforce")[2][3:] == [MEASUREMENT.format(PART), REPORT.format(PART)]
+    names = [f"CartPole-v1__reinforce{weight}__11" for weight in ("", "-reward-to-go", "-total-return")]
+    report_on_all = REPORT.format(PART).replace("CartPole-v1__ppo__11", " ".join(names))
+    assert run(ALGOS="reinforce")[2][3:] == [MEASUREMENT.format(PART), report_on_all]
     call, *others, last = run(ALGOS="reinforce", SCALE="0.1", JOBS="1", FIRST_SEED="3")[2]
     flags = "40000 --seed 3 --eval-episodes 5 --device cpu --log-dir runs/benchmark-0.1/CartPole-v1__reinforce__3"
     assert call.endswith(f" {flags}")
-    assert (len(others), last) == (2, "benchmark/report.py runs/benchmark-0.1 runs/benchmark-0.1")
+    assert (len(others), last) == (2, report_on_all.replace("benchmark ", "benchmark-0.1 ").replace("__11", "__3"))
 
 
 def test_only_a_complete_run_or_publish_replaces_the_results(run):
     assert run()[2][-1] == REPORT.format(PART)
     assert run("--publish")[::2] == (0, [REPORT.format("benchmark")])
-    assert run(SEEDS="", ALGOS="", ENVS="", JOBS="50")[2][-1] == REPORT.format("benchmark")
+    assert run(SEEDS="", ALGOS="", ENVS="", JOBS="50")[2][-1].split()[:3] == REPORT.format("benchmark").split()[:3]
 
 
 def test_it_says_how_long_it_will_take(run, tmp_path):
@@ -146,11 +162,9 @@ def test_a_real_run_that_is_cut_goes_on_and_is_reported(run, tmp_path):
     (tmp_path / "python").unlink()
     for name in ("algos", "benchmark"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "interrupt").touch()
-    status, output, _ = run(SCALE="0.3")
+    status, output, _ = run(SCALE="0.3", ctrl_c=True)
     (log,) = tmp_path.glob("runs/benchmark-0.3/*/log.txt")
     assert (status, "stopping" in output, "stopped; resume with" in log.read_text()) == (130, True, True)
-    (tmp_path / "interrupt").unlink()
     assert run(SCALE="0.3")[0] == 0
     (row,) = pd.read_csv(log.parents[1] / "results.csv").itertuples()
     assert (row.environment, row.algorithm, row.seeds, row.steps // 1000) == ("CartPole-v1", "ppo", 1, 17)
