@@ -199,7 +199,8 @@ def test_report_of_known_numbers(tmp_path):
     write_run(tmp_path / "Hopper-v5__ppo__1", np.arange(200), [0, 10, 20, 30], pause_after=50)
     write_run(tmp_path / "Hopper-v5__ppo__2", np.arange(200) + 2, [4000, 4010, 4820, 4830])
     write_run(tmp_path / "Hopper-v5__ppo__3", np.arange(200), [0, 0, 0, 0], end="stopped (step 10)")  # is left out
-    report.main(tmp_path, tmp_path)
+    write_run(tmp_path / "Hopper-v5__ppo__4", np.arange(200), [0, 0, 0, 0])  # was not asked for
+    report.main(tmp_path, tmp_path, [f"Hopper-v5__ppo__{seed}" for seed in (1, 2, 3)])
     # Mean and sample deviation of 15 and 4415; the last hundred training episodes; the mean of 20, 30, 4000 and 4010,
     # the middle half, with an interval that ends at 15 and 4415, for a draw of one seed twice is among the 95 %. The
     # pause of an hour does not count.
