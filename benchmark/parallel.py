@@ -47,7 +47,8 @@ GROUPS = [  # commands by name; the first is what the others are compared with
         f"a3c, CartPole, {k} x 8": f"python algos/a3c.py --num-workers {k} --total-timesteps {100_000 * k}"
         for k in WORKERS
     },
-    {
+    {"a2c, LunarLander, 16 environments": f"python algos/a2c.py {LANDER} --total-timesteps 100000"}
+    | {
         f"a3c, LunarLander, {k} x 8": f"python algos/a3c.py {LANDER} --num-workers {k} --total-timesteps {60_000 * k}"
         for k in WORKERS
     },

@@ -56,11 +56,12 @@ def run(tmp_path):
             os.execve(tmp_path / "benchmark.sh", ["benchmark.sh", *args], environ | knobs)
         while ctrl_c and not [*tmp_path.glob("runs/*/*/*/checkpoint.pt")]:
             time.sleep(0.01)
-        os.write(terminal, b"\x03" if ctrl_c else b"")
+        if ctrl_c:
+            os.write(terminal, b"\x03")
         output = b""
-        with contextlib.suppress(OSError):  # at the end of the script
-            while True:
-                output += os.read(terminal, 1000)
+        with contextlib.suppress(OSError):  # at its end a script's terminal cannot be read (macOS: reads as empty)
+            while chunk := os.read(terminal, 1000):
+                output += chunk
         os.close(terminal)
         status = os.waitstatus_to_exitcode(os.waitpid(script, 0)[1])
         return status, output.decode().replace("\r\n", "\n"), (tmp_path / "calls").read_text().splitlines()
