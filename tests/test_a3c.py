@@ -65,7 +65,7 @@ def play(worker=0, start=0, env="Trace", **args):
 def test_one_worker_is_a2c(args, tmp_path):
     """The same transitions give the same gradients, and the same steps: all weights are the same, bit for bit."""
     args |= dict(total_timesteps=160, num_envs=2, num_steps=8, num_workers=1)
-    agents = [train(module, "Trace", tmp_path / module.__name__, **args) for module in (a2c, a3c)]
+    agents = [train(module, "PaidResets", tmp_path / module.__name__, **args) for module in (a2c, a3c)]
     for (name, x), (other_name, y) in zip(*(agent.state_dict().items() for agent in agents), strict=True):
         assert name == other_name
         assert torch.equal(x, y), name
