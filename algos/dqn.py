@@ -122,14 +122,14 @@ class Agent(nn.Module):
         self.q = mlp(num_features, hidden_sizes, int(action_space.n))
 
     def preprocess(self, obs):
-        """Arrays (..., *obs_space.shape) as the networks take them: float32; images in [0, 1], channels first."""
-        x = obs / np.float32(255) if self.is_image else obs.astype(np.float32)
+        """Arrays (..., *obs_space.shape) as forward takes them: float32, or images of bytes, channels first."""
+        x = obs if self.is_image else obs.astype(np.float32)
         channels_last = self.is_image and self.obs_space.shape[2] < self.obs_space.shape[0]
         return np.moveaxis(x, -1, -3) if channels_last else x
 
     def forward(self, x):
-        """Q(s, ·), (B, number of actions), of preprocessed observations x."""
-        return self.q(self.encoder(x))
+        """Q(s, ·), (B, number of actions), of preprocessed observations x. Images become floats only on the device."""
+        return self.q(self.encoder(x / 255 if self.is_image else x))
 
     def numpy_policy(self):
         """argmax_a Q(s, a) as a function of arrays (B, ...): on a few rows faster than torch."""
@@ -139,7 +139,7 @@ class Agent(nn.Module):
             x = self.preprocess(obs)
             if self.is_image:
                 with torch.inference_mode():
-                    x = self.encoder(torch.as_tensor(x, device=self.q[0].weight.device)).numpy(force=True)
+                    x = self.encoder(torch.as_tensor(x, device=self.q[0].weight.device) / 255).numpy(force=True)
             for weight, bias in layers[:-1]:
                 x = np.maximum(x @ weight + bias, 0)
             return (x @ layers[-1][0] + layers[-1][1]).argmax(-1)

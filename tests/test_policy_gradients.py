@@ -7,6 +7,7 @@ test can tell what a batch should be about, and compute from the environment's o
 import copy
 import inspect
 from collections import Counter, defaultdict
+from functools import partial
 from types import SimpleNamespace
 
 import conftest
@@ -216,9 +217,13 @@ def test_pixels_of_images_are_scaled_and_channels_come_first(module, name):
     obs, _ = envs.reset(seed=0)
     expected = obs.transpose(0, 3, 1, 2) if name == "ChannelsLast" else obs
     assert expected.shape[1:] in [(3, 36, 40), (1, 40, 36), (40 * 40,), (8 * 8 * 3,)]
-    agent = module.Agent(envs.single_observation_space, spaces.Discrete(2), module.Args())
+    agent, inputs = module.Agent(envs.single_observation_space, spaces.Discrete(2), module.Args()), []
+    first_layer = next(layer for layer in agent.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    first_layer.register_forward_pre_hook(lambda _, args: inputs.extend(args[0].numpy()))
+    run_network = agent if module is dqn else partial(look, agent)
+    run_network(torch.as_tensor(agent.preprocess(obs)))
     scale = 255 if "Channels" in name else 1
-    np.testing.assert_allclose(agent.preprocess(obs), expected / scale, rtol=1e-6)
+    np.testing.assert_allclose(inputs, expected / scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize("obs_space", [VECTOR, IMAGE])
