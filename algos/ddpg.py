@@ -47,7 +47,7 @@ class Args:
     total_timesteps: int = 20_000  # environment steps to train for, all environments together
     num_envs: int = 1  # N parallel environments
     hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of actor and critic; none: linear
-    learning_rate: float = 1e-3  # step size of Adam, for actor and critic
+    learning_rate: float = 1e-3  # step size of Adam, for actor and critic; if actions stick to a bound, lower it
     gamma: float = 0.98  # discount γ
     buffer_size: int = 1_000_000  # the replay buffer keeps this many of the latest transitions
     batch_size: int = 256  # transitions of a gradient step
