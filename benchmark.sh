@@ -9,8 +9,8 @@
 #   SEEDS=1 SCALE=0.1 ./benchmark.sh                   a quick look: one seed, a tenth of the steps
 #
 # SEEDS          number of seeds (5 on CartPole, Acrobot and Pendulum, 3 elsewhere)
-# FIRST_SEED     the first of them. The settings were chosen on seeds 1 to 3, so the first one shown is 11, or for those that
-#                replaced others once seeds from 11 on had been seen, 21 or 31.
+# FIRST_SEED     the first of them. The settings were chosen on seeds 1 to 3, so the first one shown is 11, or for settings
+#                that replaced others after seeds from 11 on had been seen, 21 or 31.
 # JOBS           runs side by side (as many as there are cores)
 # ALGOS, ENVS    what to run (all)
 # SCALE          factor on the steps (1)
@@ -33,27 +33,30 @@ export OMP_NUM_THREADS=1  # faster with several runs side by side
 export TQDM_MININTERVAL=10 # seconds between two lines of progress in the logs
 
 experiments() { # algorithm, environment, steps, settings that differ from the algorithm's defaults
-  local rollout="--num-envs 1 --num-steps 2048 --norm-obs --norm-reward" # PPO's and TRPO's for MuJoCo
+  local rollout="--num-envs 1 --num-steps 2048 --norm-obs --norm-reward" # PPO's and TRPO's for most of MuJoCo
   local many=${SEEDS:-5} few=${SEEDS:-3} seeds # of short runs, and of longer ones
-  # On gamma: with 0.99 some runs on Hopper and Walker2d learn to be faster and to fall earlier; TRPO on the one and PPO on
-  # the other keep upright with 0.995. With 0.995 TRPO's LunarLander hovers for 800,000 steps or more; with 0.999 two seeds of
-  # three land after 400,000. On Pendulum 0.95 instead of 0.9 is worth 17 to 36 points of return.
-  # On REINFORCE's Acrobot: before V knows the returns, R - V is -99 for every action, and the policy runs off; with
-  # norm-weight it learned on four seeds of five, without it on two.
+  # On gamma: with 0.99 some runs on Hopper and Walker2d learn to be faster and to fall earlier; TRPO on the one and PPO
+  # on the other keep upright with 0.995. With 0.995 TRPO's LunarLander hovers for 800,000 steps or more; with 0.999 two
+  # seeds of three land after 400,000. On Pendulum 0.95 instead of 0.9 is worth 17 to 36 points of return.
+  # On REINFORCE's Acrobot: before V knows the returns, R - V is near -99 for most actions, and the policy runs off;
+  # with norm-weight it learned on four seeds of five, without it on two.
   # On Swimmer: even with gamma 0.9999 TRPO and PPO stayed at returns of 130 to 150 with one environment, on two seeds
   # each; with four environments they reached 350 and 310 there.
-  # On TRPO's InvertedDoublePendulum: once the pole stands, advantages are little more than noise, and every step goes as
-  # far as target-kl allows. With 0.02 and rollouts of 2048 steps three runs of three had lost it again after a million.
-  # On A2C's HalfCheetah: with 8 steps of 8 environments at 7e-4 seven runs of eight stay near 1,600; with 16 of 16 at 2e-3
-  # four of five (1 and 2, 31 to 33) get past 3,000.
-  # On DDPG's InvertedDoublePendulum see benchmark/README.md: with 1e-3 it balances after 20,000 steps, but not for long.
-  # On REINFORCE's LunarLander: over the last 150,000 steps of training, 4 episodes an update at 3e-3 had 155 and 241, 16 at
-  # 5e-3, which make a quarter of the updates, 129 and 142 (seeds 1 and 2).
-  # On REINFORCE's Pong, seed 1, after 450,000 steps: -17 with these settings, and with a baseline besides; -20 with 1e-3,
-  # or without norm-obs (and with 1e-2 the entropy is gone by then). Without the bonus it learns as fast up to a million.
+  # On TRPO's InvertedDoublePendulum: once the pole stands, advantages are little more than noise, and every step goes
+  # as far as target-kl allows. With 0.02 and rollouts of 2048 steps it fell in many episodes after a million (7127,
+  # 3363, 4903).
+  # On A2C's HalfCheetah: with 8 steps of 8 environments at 7e-4 and λ 0.9 seven runs of eight stay near 1,600; with 16
+  # of 16 at 2e-3 and λ 0.95 four of five (1 and 2, 31 to 33) get past 3,000.
+  # On DDPG's InvertedDoublePendulum see benchmark/README.md: with 1e-3 it balances after 20,000 steps, but not for
+  # long.
+  # On REINFORCE's LunarLander: over the last 150,000 steps of training, returns were 155 and 241 with 4 episodes an
+  # update at 3e-3, 129 and 142 with 16 at 5e-3, which make a quarter of the updates (seeds 1 and 2).
+  # On REINFORCE's Pong, after 450,000 steps: -17 with these settings on seed 1 (-19 on 21 and 22), and with a baseline
+  # besides; -20 with 1e-3, or without norm-obs (and with 1e-2 the entropy is gone by then). Without the bonus it learns
+  # as fast up to a million.
   # On two games an update instead of eight see benchmark/README.md.
-  # On target-kl: without it ten epochs at 3e-4 moved PPO's HalfCheetah (256-256, first σ e^-2) by a KL of 0.15 a rollout,
-  # and threw a policy worth 4,500 onto its back, where it stayed for 150,000 steps.
+  # On target-kl: without it ten epochs at 3e-4 moved PPO's HalfCheetah (256-256, first σ e^-2) by a KL of 0.15 a
+  # rollout, and threw a policy worth 4,500 onto its back, where it stayed for 150,000 steps.
 
   seeds=$many
   experiment reinforce CartPole-v1 400000

@@ -241,9 +241,9 @@ def overview(table: pd.DataFrame) -> str:
     return (
         f"{markdown_rows(rows)}\n"
         "Above: the return of the final deterministic policy, mean ± sample deviation over the seeds (steps x seeds).\n"
-        "Below: the best figure of [published.csv](benchmark/published.csv), and where they differ the environment's\n"
-        "version and the metric (training returns, the maximum over training, sampled actions).\n"
-        "Bold: at or above every figure there (results.md has our training return beside published ones), in no more\n"
+        "Below: the algorithm's best figure in [published.csv](benchmark/published.csv), and where they differ the\n"
+        "environment's version and the metric (training returns, the maximum over training, sampled actions).\n"
+        "Bold: at or above every such figure (results.md has our training return beside published ones), in no more\n"
         "steps than the best whose actions are not sampled, if these are known.\n"
         "It compares means and is no test of significance: some leads are smaller than their standard error.\n"
     )
