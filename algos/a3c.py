@@ -75,11 +75,11 @@ class Args:
     freeze: int = 0  # the first N layers of each network do not learn (convolutions count)
 
     def __post_init__(self):
-        for name, kind in Args.__annotations__.items():
+        for name, kind in Args.__annotations__.items():  # the same in every file, so it names flags of others, too
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
-            if name != "log_std_init" and not all(low <= x < np.inf for x in numbers):
-                fail(f"--{name.replace('_', '-')} must be at least {low} and finite")
+            if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
+                fail(f"--{name.replace('_', '-')} must be finite and at least {low}")
 
 
 # ==== shared: networks
@@ -123,8 +123,8 @@ class RunningMeanStd(nn.Module):
         self.count += len(rows)
         share = len(rows) / self.count  # of the new rows among all
         delta = rows.mean(0) - self.mean
-        self.var += share * (rows.var(0, correction=0) - self.var + (1 - share) * delta.square())
-        self.mean += share * delta
+        self.var.lerp_(rows.var(0, correction=0) + (1 - share) * delta.square(), share)
+        self.mean.lerp_(rows.mean(0), share)
 
 
 class Agent(nn.Module):
@@ -143,7 +143,7 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        elif self.is_multi:  # k actions at once, of up to n values; those that an action lacks get the logit -1e8
+        elif self.is_multi:  # k actions at once, each of up to n values; those that it does not have get the logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
@@ -156,7 +156,7 @@ class Agent(nn.Module):
         self.critic = nn.Sequential(*mlp(num_features, hidden_sizes, 1, 1.0), nn.Flatten(0))  # (B,), not (B, 1)
 
     def preprocess(self, obs):
-        """Arrays (..., *obs_space.shape) as the networks take them: float32; images in [0, 1], channels first."""
+        """Arrays (..., *obs_space.shape) for the networks: float32; images channels first, [0, 1] or standardised."""
         x = obs / np.float32(255) if self.is_image else obs.astype(np.float32)
         if self.obs_stats is not None:
             mean, var = self.obs_stats.mean.numpy(force=True), self.obs_stats.var.numpy(force=True)
@@ -209,7 +209,7 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Advantages Â and returns R̂ = Â + V, both (T, N), of rewards, terminated, truncated (T, N) and values (T+1, N).
 
-    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Steps that only reset mean nothing.
+    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Mask out steps that only reset.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -242,7 +242,7 @@ def train(args):
     """Train an agent, evaluate it and return it."""
     if args.device not in ("auto", "cpu"):
         fail(f"--device {args.device} cannot be used: a3c.py is for CPUs; a2c.py takes GPUs")
-    if args.num_steps < 2 or args.total_timesteps < args.num_envs * args.num_steps:  # every second step may only reset
+    if args.num_steps < 2 or args.total_timesteps < args.num_envs * args.num_steps:  # every second step may be a reset
         fail("--num-steps must be at least 2, and --num-envs times --num-steps at most --total-timesteps")
     torch.manual_seed(args.seed)
     envs = make_envs(args, 1)
@@ -258,7 +258,7 @@ def train(args):
         counters = spawn.Value("q", run.global_step), spawn.Value("q", 0)  # environment steps, and updates of θ
         messages = spawn.Queue()
         arguments = args, agent, squares, counters, messages, run.global_step
-        not_ours = multiprocessing.active_children()
+        not_ours = multiprocessing.active_children()  # an interrupted spawn returns no list of its workers
         try:
             workers = multiprocessing.spawn(work, arguments, args.num_workers, join=False)
             while not workers.join(timeout=0.1) or not messages.empty():  # if one fails, join stops all and raises
@@ -279,7 +279,7 @@ def train(args):
 
 
 def work(worker, args, shared, squares, counters, messages, first_step):
-    """A worker: play and learn until all of them have made the total timesteps. `shared` is the agent with θ."""
+    """A worker: play and learn until together they have made the total timesteps. `shared` is the agent with θ."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as in main: a setting of each process
     envs = make_envs(args, args.num_envs)
@@ -328,7 +328,7 @@ def work(worker, args, shared, squares, counters, messages, first_step):
         b_log_probs = policy.log_prob(torch.as_tensor(actions).flatten(0, 1))
         values = b_values.numpy(force=True).reshape(T + 1, N)
         scaled = rewards
-        if args.norm_reward:
+        if args.norm_reward:  # discounted: Σ_k γ^k r_{t-k} of each episode so far
             discounted[0] = discounted[T]
             for t in range(T):
                 discounted[t + 1] = rewards[t] + args.gamma * valid[t] * discounted[t]

@@ -9,8 +9,9 @@ transitions from a replay buffer, with the actor's action instead of the best on
     φ_targ ← τ φ + (1 - τ) φ_targ, for the parameters φ of both
 
 μ is deterministic, so noise is added to its actions for exploration. Actions and noise are in units of half the range
-of each axis, so that the bounds are -1 and 1 (also for an axis without two bounds, in its own units). Either the noise
-of each step is new, ε_t ~ N(0, σ²), or it is an Ornstein-Uhlenbeck process, which pushes one way for about 1/θ steps:
+of each axis, so that the bounds are -1 and 1. (On an axis without two bounds actions stay in [-1, 1] in its own units.)
+Either the noise of each step is new, ε_t ~ N(0, σ²), or it is an Ornstein-Uhlenbeck process, which pushes one way for
+about 1/θ steps:
 
     x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15;  its std is σ in the long run, too
 
@@ -72,11 +73,11 @@ class Args:
     freeze: int = 0  # the first N layers of each network do not learn (convolutions count)
 
     def __post_init__(self):
-        for name, kind in Args.__annotations__.items():
+        for name, kind in Args.__annotations__.items():  # the same in every file, so it names flags of others, too
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
-            if name != "log_std_init" and not all(low <= x < np.inf for x in numbers):
-                fail(f"--{name.replace('_', '-')} must be at least {low} and finite")
+            if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
+                fail(f"--{name.replace('_', '-')} must be finite and at least {low}")
 
 
 # ==== networks
@@ -175,9 +176,9 @@ def train(args):
         fail(f"--total-timesteps must reach --learning-starts in multiples of {N} steps")
     buffer = ReplayBuffer(args.buffer_size, envs.single_observation_space.shape[0], A)
 
-    modules = {"agent": agent, "target": target}
-    with Run(args, **modules, actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer) as run:
-        for optimizer in (actor_optimizer, critic_optimizer):
+    optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    with Run(args, agent=agent, target=target, **optimizers) as run:
+        for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
         first_step = run.global_step
         seed = args.seed + first_step  # a resumed run does not play the same episodes again
@@ -185,7 +186,7 @@ def train(args):
         obs, _ = envs.reset(seed=seed)
         act = agent.numpy_policy()
         valid = np.ones(N, bool)  # false on steps that only reset
-        theta = 0.15 if args.noise == "ou" else 1.0
+        theta = 0.15 if args.noise == "ou" else 1.0  # with θ = 1 there is no memory: x_t = ε_t
         noise = np.zeros((N, A))  # x
 
         while run.global_step + N <= args.total_timesteps:
@@ -197,9 +198,8 @@ def train(args):
             else:
                 actions = (act(obs) + noise).clip(-1, 1)
             next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
-            rewards = rewards * valid
             buffer.add(obs[valid], actions[valid], rewards[valid], next_obs[valid], terminated[valid])
-            run.log_step(rewards, valid, terminated | truncated)
+            run.log_step(rewards * valid, valid, terminated | truncated)
             noise *= valid[:, None]  # x = 0 before an episode: after a step that only reset
             obs, valid = next_obs, ~(terminated | truncated)
 

@@ -55,7 +55,7 @@ class Args:
     buffer_size: int = 100_000  # about how many of the latest steps the replay buffer keeps
     batch_size: int = 128  # transitions of a gradient step
     learning_starts: int = 1000  # steps before learning; as many again after a resume, since the buffer is not saved
-    train_frequency: int = 4  # environment steps between updates of Q, in whole steps of all environments: at least one
+    train_frequency: int = 4  # steps between updates of Q, rounded down to a multiple of num_envs, but not to 0
     gradient_steps: int = 1  # gradient steps of each update
     target_network_frequency: int = 20  # environment steps between updates of Q_targ
     tau: float = 0.05  # τ, Q_targ ← τ Q + (1-τ) Q_targ: 1 is a plain copy
@@ -80,11 +80,11 @@ class Args:
     freeze: int = 0  # the first N layers of each network do not learn (convolutions count)
 
     def __post_init__(self):
-        for name, kind in Args.__annotations__.items():
+        for name, kind in Args.__annotations__.items():  # the same in every file, so it names flags of others, too
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
-            if name != "log_std_init" and not all(low <= x < np.inf for x in numbers):
-                fail(f"--{name.replace('_', '-')} must be at least {low} and finite")
+            if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
+                fail(f"--{name.replace('_', '-')} must be finite and at least {low}")
 
 
 # ==== networks
@@ -132,7 +132,7 @@ class Agent(nn.Module):
         return self.q(self.encoder(x / 255 if self.is_image else x))
 
     def numpy_policy(self):
-        """argmax_a Q(s, a) as a function of arrays (B, ...): on a few rows faster than torch."""
+        """argmax_a Q(s, a) as a function of arrays (B, ...), in NumPy for speed. Make it anew after an update."""
         layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.q[::2]]
 
         def act(obs):
@@ -147,7 +147,7 @@ class Agent(nn.Module):
         return act
 
     def to_env(self, actions):
-        """Actions as the environment takes them: from start on."""
+        """Actions as the environment takes them: counted from its start."""
         return (actions + self.action_space.start).astype(self.action_space.dtype, copy=False)
 
 
@@ -229,9 +229,9 @@ def train(args):
     N, num_actions = args.num_envs, int(envs.single_action_space.n)
     T = max(args.train_frequency // N, 1)  # steps of each environment between updates
     if args.buffer_size < 2 * N or args.total_timesteps // (T * N) * T * N < max(args.learning_starts, T * N):
-        fail(f"--buffer-size must be at least {2 * N}, --total-timesteps {T * N}, and no less than --learning-starts")
-    stack = envs.single_observation_space.shape[0] if "ALE/" in args.env_id and agent.is_image else 1
-    buffer = ReplayBuffer(args.buffer_size, N, envs.single_observation_space, stack)
+        fail(f"--buffer-size must be {2 * N} or more and --total-timesteps reach --learning-starts in steps of {T * N}")
+    stack = agent.obs_space.shape[0] if agent.is_image and args.env_id.startswith(("ALE/", "ale_py:ALE/")) else 1
+    buffer = ReplayBuffer(args.buffer_size, N, agent.obs_space, stack)
 
     with Run(args, agent=agent, target=target, optimizer=optimizer) as run:
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
@@ -248,9 +248,8 @@ def train(args):
                 epsilon = args.start_e + share * (args.end_e - args.start_e)
                 actions = np.where(rng.random(N) < epsilon, rng.integers(num_actions, size=N), act(obs))
                 next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
-                rewards = rewards * valid
                 buffer.add(obs, actions, rewards, next_obs, terminated, valid)
-                run.log_step(rewards, valid, terminated | truncated)
+                run.log_step(rewards * valid, valid, terminated | truncated)
                 obs, valid = next_obs, ~(terminated | truncated)
 
             # 2. Gradient steps, on transitions from the buffer.
@@ -274,6 +273,7 @@ def train(args):
                     update_target(target, agent, args.tau)
 
             # 4. Log, and save when due.
+            rewards = buffer.rewards[(buffer.row - 1 - np.arange(T)) % buffer.num_rows]  # of all T steps
             run.log_update(scalars, observations=obs, rewards=rewards)
         run.finish(agent)
     envs.close()

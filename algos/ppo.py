@@ -73,11 +73,11 @@ class Args:
     freeze: int = 0  # the first N layers of each network do not learn (convolutions count)
 
     def __post_init__(self):
-        for name, kind in Args.__annotations__.items():
+        for name, kind in Args.__annotations__.items():  # the same in every file, so it names flags of others, too
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
-            if name != "log_std_init" and not all(low <= x < np.inf for x in numbers):
-                fail(f"--{name.replace('_', '-')} must be at least {low} and finite")
+            if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
+                fail(f"--{name.replace('_', '-')} must be finite and at least {low}")
 
 
 # ==== shared: networks
@@ -121,8 +121,8 @@ class RunningMeanStd(nn.Module):
         self.count += len(rows)
         share = len(rows) / self.count  # of the new rows among all
         delta = rows.mean(0) - self.mean
-        self.var += share * (rows.var(0, correction=0) - self.var + (1 - share) * delta.square())
-        self.mean += share * delta
+        self.var.lerp_(rows.var(0, correction=0) + (1 - share) * delta.square(), share)
+        self.mean.lerp_(rows.mean(0), share)
 
 
 class Agent(nn.Module):
@@ -141,7 +141,7 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        elif self.is_multi:  # k actions at once, of up to n values; those that an action lacks get the logit -1e8
+        elif self.is_multi:  # k actions at once, each of up to n values; those that it does not have get the logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
@@ -154,7 +154,7 @@ class Agent(nn.Module):
         self.critic = nn.Sequential(*mlp(num_features, hidden_sizes, 1, 1.0), nn.Flatten(0))  # (B,), not (B, 1)
 
     def preprocess(self, obs):
-        """Arrays (..., *obs_space.shape) as the networks take them: float32; images in [0, 1], channels first."""
+        """Arrays (..., *obs_space.shape) for the networks: float32; images channels first, [0, 1] or standardised."""
         x = obs / np.float32(255) if self.is_image else obs.astype(np.float32)
         if self.obs_stats is not None:
             mean, var = self.obs_stats.mean.numpy(force=True), self.obs_stats.var.numpy(force=True)
@@ -207,7 +207,7 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Advantages Â and returns R̂ = Â + V, both (T, N), of rewards, terminated, truncated (T, N) and values (T+1, N).
 
-    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Steps that only reset mean nothing.
+    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Mask out steps that only reset.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -219,7 +219,7 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
 
 def ppo_loss(agent, x, actions, old_log_probs, advantages, returns, args):
-    """The loss -L of B transitions, its parts, and log ρ. All but agent and args: (B, ...)."""
+    """The loss -L of B transitions, its two main parts, and log ρ. x and actions: (B, ...); the other arrays: (B,)."""
     features = agent.encoder(x)
     policy, values = agent.policy(features), agent.critic(features)
     log_ratio = policy.log_prob(actions) - old_log_probs
@@ -244,7 +244,7 @@ def train(args):
     parameters = [x for x in agent.parameters() if x.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     T, N = args.num_steps, args.num_envs
-    if args.total_timesteps < T * N * W or args.num_minibatches > T // 2 * N:  # every second step may only reset
+    if args.total_timesteps < T * N * W or args.num_minibatches > T // 2 * N:  # every second step may be a reset
         fail("--total-timesteps must cover a rollout, and --num-minibatches be at most num_envs * (num_steps // 2)")
 
     run_class = Run if rank == 0 else Follower  # only the first process has a log and checkpoints
@@ -280,7 +280,7 @@ def train(args):
                 b_log_probs = policy.log_prob(b_actions)
                 values = agent.critic(features).numpy(force=True).reshape(T + 1, N)
             scaled = rewards
-            if args.norm_reward:
+            if args.norm_reward:  # discounted: Σ_k γ^k r_{t-k} of each episode so far
                 discounted[0] = discounted[T]
                 for t in range(T):
                     discounted[t + 1] = rewards[t] + args.gamma * valid[t] * discounted[t]
@@ -330,7 +330,7 @@ def train(args):
 
 # ==== torchrun: each process plays its own environments; their gradients are averaged. Without it these do nothing.
 def join_torchrun(args):
-    """This process's rank, the number of processes, and a list of its signals: one of them stops all processes."""
+    """This process's rank, the number of processes, and a list of the signals it gets: one stops all processes."""
     stops = []
     if not distributed.is_torchelastic_launched():
         return 0, 1, stops
@@ -356,7 +356,7 @@ def gather(array, axis=0):
 
 
 def average_gradients(parameters):
-    """Over all processes, in one message."""
+    """Replace each gradient by its mean over all processes, in one message."""
     if distributed.is_initialized():
         gradients = [x.grad for x in parameters]
         mean = nn.utils.parameters_to_vector(gradients) / distributed.get_world_size()
@@ -365,7 +365,7 @@ def average_gradients(parameters):
 
 
 class Follower(AbstractContextManager):
-    """What Run is to all processes but the first: it only counts steps."""
+    """Stands in for Run in all processes but the first: it only counts steps."""
 
     def __init__(self, args, **modules):
         self.global_step = load_checkpoint(args.resume, **modules)["global_step"] if args.resume else 0

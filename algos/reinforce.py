@@ -72,11 +72,11 @@ class Args:
     freeze: int = 0  # the first N layers of each network do not learn (convolutions count)
 
     def __post_init__(self):
-        for name, kind in Args.__annotations__.items():
+        for name, kind in Args.__annotations__.items():  # the same in every file, so it names flags of others, too
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
-            if name != "log_std_init" and not all(low <= x < np.inf for x in numbers):
-                fail(f"--{name.replace('_', '-')} must be at least {low} and finite")
+            if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
+                fail(f"--{name.replace('_', '-')} must be finite and at least {low}")
 
 
 # ==== shared: networks
@@ -120,8 +120,8 @@ class RunningMeanStd(nn.Module):
         self.count += len(rows)
         share = len(rows) / self.count  # of the new rows among all
         delta = rows.mean(0) - self.mean
-        self.var += share * (rows.var(0, correction=0) - self.var + (1 - share) * delta.square())
-        self.mean += share * delta
+        self.var.lerp_(rows.var(0, correction=0) + (1 - share) * delta.square(), share)
+        self.mean.lerp_(rows.mean(0), share)
 
 
 class Agent(nn.Module):
@@ -140,7 +140,7 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        elif self.is_multi:  # k actions at once, of up to n values; those that an action lacks get the logit -1e8
+        elif self.is_multi:  # k actions at once, each of up to n values; those that it does not have get the logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
@@ -153,7 +153,7 @@ class Agent(nn.Module):
         self.critic = nn.Sequential(*mlp(num_features, hidden_sizes, 1, 1.0), nn.Flatten(0))  # (B,), not (B, 1)
 
     def preprocess(self, obs):
-        """Arrays (..., *obs_space.shape) as the networks take them: float32; images in [0, 1], channels first."""
+        """Arrays (..., *obs_space.shape) for the networks: float32; images channels first, [0, 1] or standardised."""
         x = obs / np.float32(255) if self.is_image else obs.astype(np.float32)
         if self.obs_stats is not None:
             mean, var = self.obs_stats.mean.numpy(force=True), self.obs_stats.var.numpy(force=True)
@@ -217,7 +217,7 @@ def rewards_to_go(rewards, gamma, restart=False):
 
 
 def reinforce_loss(agent, x, actions, weights, num_episodes):
-    """A loss whose gradient is -g, and the entropies, (B,), of B steps; actions and weights Φ are of shape (B, ...)."""
+    """A loss whose gradient is -g, and the entropies, (B,), of B steps; x and actions: (B, ...), weights Φ: (B,)."""
     policy = agent.policy(agent.encoder(x))
     return -(policy.log_prob(actions) * weights).sum() / num_episodes, policy.entropy()
 
@@ -255,7 +255,8 @@ def train(args):
                 rewards.append((reward * active).astype(np.float32))
                 run.log_step(rewards[-1], active, active & (terminated | truncated))
                 active = active & ~(terminated | truncated)
-            if active.any():  # the budget cut these episodes: their returns are not known
+            if active.any():  # their returns are not known
+                tqdm.write(f"not learned from: the last {N} episodes; --total-timesteps cut off {active.sum()}")
                 break
             rewards, valid = np.stack(rewards), np.stack(valid)
             b_obs = np.stack(obs)[valid]
@@ -267,8 +268,7 @@ def train(args):
             if args.norm_reward:
                 agent.return_stats.update(returns[valid])
                 returns = returns / (agent.return_stats.var.item() ** 0.5 + 1e-8)
-            b_returns = torch.as_tensor(returns[valid], device=device)
-            b_weights = b_returns
+            b_weights = b_returns = torch.as_tensor(returns[valid], device=device)  # reward-to-go
             if args.weight == "total-return":
                 b_weights = torch.as_tensor(np.broadcast_to(returns[0], returns.shape)[valid], device=device)
             elif args.weight == "baseline":

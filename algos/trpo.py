@@ -6,13 +6,13 @@ L for which the mean KL divergence from the policy that collected the data stays
     max_θ L(θ) = E_t[ρ_t Â_t]  subject to  E_t[KL(π_old(·|s_t) ‖ π_θ(·|s_t))] ≤ δ,   ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
 
 Close to θ_old, L grows by g·(θ-θ_old) and the KL divergence is ½ (θ-θ_old)ᵀ H (θ-θ_old), with the policy gradient g
-and the Fisher information matrix H. The best step is then along the natural gradient d = H⁻¹g, and just uses up δ.
+and the Fisher information matrix H. The best step is then along the natural gradient d = H⁻¹g, and uses up exactly δ.
 Farther off these are only approximations, so the step is cut back until it keeps to the limit and improves L:
 
     θ = θ_old + α^j √(2δ / dᵀHd) d   for the first j = 0, 1, 2, … for which KL ≤ δ and L(θ) > L(θ_old), if there is one
 
 H is never formed: conjugate gradients solve Hd = g with products Hv = ∇(∇KL·v) alone. A little of the identity is
-added to H (damping): shorter, stabler steps. Â_t is GAE(λ), and V is fitted to the returns R̂_t = Â_t + V(s_t).
+added to H (damping): shorter, more stable steps. Â_t is GAE(λ), and V is fitted to the returns R̂_t = Â_t + V(s_t).
 
 J. Schulman, S. Levine, P. Moritz, M. Jordan, P. Abbeel: Trust Region Policy Optimization, 2015, arXiv:1502.05477.
 GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
@@ -77,11 +77,11 @@ class Args:
     freeze: int = 0  # the first N layers of each network do not learn (convolutions count)
 
     def __post_init__(self):
-        for name, kind in Args.__annotations__.items():
+        for name, kind in Args.__annotations__.items():  # the same in every file, so it names flags of others, too
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
-            if name != "log_std_init" and not all(low <= x < np.inf for x in numbers):
-                fail(f"--{name.replace('_', '-')} must be at least {low} and finite")
+            if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
+                fail(f"--{name.replace('_', '-')} must be finite and at least {low}")
 
 
 # ==== shared: networks
@@ -125,8 +125,8 @@ class RunningMeanStd(nn.Module):
         self.count += len(rows)
         share = len(rows) / self.count  # of the new rows among all
         delta = rows.mean(0) - self.mean
-        self.var += share * (rows.var(0, correction=0) - self.var + (1 - share) * delta.square())
-        self.mean += share * delta
+        self.var.lerp_(rows.var(0, correction=0) + (1 - share) * delta.square(), share)
+        self.mean.lerp_(rows.mean(0), share)
 
 
 class Agent(nn.Module):
@@ -145,7 +145,7 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        elif self.is_multi:  # k actions at once, of up to n values; those that an action lacks get the logit -1e8
+        elif self.is_multi:  # k actions at once, each of up to n values; those that it does not have get the logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
@@ -158,7 +158,7 @@ class Agent(nn.Module):
         self.critic = nn.Sequential(*mlp(num_features, hidden_sizes, 1, 1.0), nn.Flatten(0))  # (B,), not (B, 1)
 
     def preprocess(self, obs):
-        """Arrays (..., *obs_space.shape) as the networks take them: float32; images in [0, 1], channels first."""
+        """Arrays (..., *obs_space.shape) for the networks: float32; images channels first, [0, 1] or standardised."""
         x = obs / np.float32(255) if self.is_image else obs.astype(np.float32)
         if self.obs_stats is not None:
             mean, var = self.obs_stats.mean.numpy(force=True), self.obs_stats.var.numpy(force=True)
@@ -211,7 +211,7 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Advantages Â and returns R̂ = Â + V, both (T, N), of rewards, terminated, truncated (T, N) and values (T+1, N).
 
-    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Steps that only reset mean nothing.
+    A terminal state is worth 0, a truncated one its value; Â ends with the episode. Mask out steps that only reset.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -286,7 +286,7 @@ def trust_region_step(agent, parameters, x, actions, advantages, args):
         "losses/kl": kl.item(),
         "losses/entropy": old_policy.entropy().mean().item(),
         "losses/surrogate_improvement": (objective - old_objective).item(),
-        "losses/line_search_steps": j,  # how often the step was cut back; all of them: refused
+        "losses/line_search_steps": j,  # how often it was shortened; args.line_search_steps: none was accepted
         "losses/cg_residual": ((g - Hd).norm() / g.norm().clamp(min=1e-20)).item(),
     }
 
@@ -301,7 +301,7 @@ def train(args):
     parameters = [x for name, x in agent.named_parameters() if x.requires_grad and not name.startswith("critic")]  # θ
     optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     T, N = args.num_steps, args.num_envs
-    if args.total_timesteps < T * N or args.num_minibatches > T // 2 * N:  # every second step may only reset
+    if args.total_timesteps < T * N or args.num_minibatches > T // 2 * N:  # every second step may be a reset
         fail("--total-timesteps must cover a rollout, and --num-minibatches be at most num_envs * (num_steps // 2)")
 
     with Run(args, agent=agent, critic_optimizer=optimizer) as run:
@@ -331,7 +331,7 @@ def train(args):
             with torch.no_grad():
                 values = agent.critic(agent.encoder(x.flatten(0, 1))).numpy(force=True).reshape(T + 1, N)
             scaled = rewards
-            if args.norm_reward:
+            if args.norm_reward:  # discounted: Σ_k γ^k r_{t-k} of each episode so far
                 discounted[0] = discounted[T]
                 for t in range(T):
                     discounted[t + 1] = rewards[t] + args.gamma * valid[t] * discounted[t]

@@ -202,6 +202,15 @@ def test_numpy_and_torch_agree(obs_space, hidden_sizes, norm_obs):
     assert num_layers == (1 if obs_space == IMAGE else len(hidden_sizes) + 1)
 
 
+def test_statistics_of_small_numbers():
+    """As with rewards of 1e-5: the variance, 1e-10, is far below the rounding of the 1 that it starts at."""
+    stats, rows = make_agent(norm_obs=True).obs_stats, np.random.default_rng(0).normal(2e-5, 1e-5, (300, 3))
+    for part in np.split(rows, [100, 150]):
+        stats.update(part)
+    np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(stats.var, rows.var(0), rtol=1e-4)
+
+
 def test_observations_are_standardised_and_clipped():
     agent = make_agent(norm_obs=True)
     agent.obs_stats.mean[:], agent.obs_stats.var[:] = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 4.0, 9.0])
@@ -500,6 +509,12 @@ def test_reinforce_weighs_whole_episodes_one_of_each_environment(weight, norm_re
         for key, w, value in zip(mine, batch.weights, values.tolist(), strict=True):
             expected = returns[*key[:2], 0 if weight == "total-return" else key[2]] / scale
             assert w == pytest.approx(expected - (value if weight == "baseline" else 0), rel=1e-3, abs=1e-3)
+
+
+def test_reinforce_says_which_episodes_it_did_not_learn_from(capsys, optimizer_steps, tmp_path):
+    train(reinforce, tmp_path, num_envs=3, total_timesteps=6)
+    assert "not learned from: the last 3 episodes" in capsys.readouterr().out
+    assert not optimizer_steps
 
 
 def test_the_entropy_bonus_of_reinforce(optimizer_steps, monkeypatch, tmp_path):

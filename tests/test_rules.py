@@ -127,6 +127,7 @@ BAD = [  # flags, a word of the message
     ("--seed 1.5", "1.5"),
     ("--seed -1", "--seed"),
     *[(f"--learning-rate {value}", "--learning-rate") for value in ("inf", "nan", "-0.1")],
+    *[(f"--log-std-init {value}", "--log-std-init") for value in ("inf", "nan")],
     *[(f"--{flag} 0", f"--{flag}") for flag in ("num-envs", "eval-episodes")],
     ("--hidden-sizes 8 0", "--hidden-sizes"),
     ("--num-envs 2 --num-steps 8 --total-timesteps 15", "--total-timesteps"),
