@@ -54,21 +54,9 @@ def spawn(function, args, num_processes, join):
 multiprocessing.spawn = spawn
 
 STEPS = 80  # whole rollouts of every file, with these settings; each file gets those that it has
-SMALL = {
-    "total_timesteps": STEPS,
-    "num_envs": 2,
-    "num_steps": 8,
-    "num_workers": 1,
-    "eval_episodes": 1,
-    "num_minibatches": 2,
-    "update_epochs": 2,
-    "cg_iters": 2,
-    "critic_updates": 2,
-    "buffer_size": 64,
-    "batch_size": 8,
-    "learning_starts": 16,
-    "train_frequency": 16,
-}
+SMALL = dict(total_timesteps=STEPS, num_envs=2, num_steps=8, num_workers=1, eval_episodes=1, num_minibatches=2)
+SMALL |= dict(update_epochs=2, cg_iters=2, critic_updates=2, buffer_size=64, batch_size=8, learning_starts=16)
+SMALL |= dict(train_frequency=16)
 
 
 @pytest.fixture(scope="module", params=ALGOS, ids=[path.stem for path in ALGOS])

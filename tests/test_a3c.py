@@ -61,10 +61,14 @@ def play(worker=0, start=0, env="Trace", **args):
     return before, after, g, list(messages.queue)
 
 
-@pytest.mark.parametrize("args", [{}, {"norm_obs": True, "norm_reward": True, "ent_coef": 0.1, "gae_lambda": 0.9}])
+EVERYTHING = dict(norm_obs=True, norm_reward=True, ent_coef=0.1, gae_lambda=0.9)
+EVERYTHING |= dict(env_kwargs={"continuous": True, "jackpot": 1000.0})  # at the end of episode 25
+
+
+@pytest.mark.parametrize("args", [{"anneal_lr": False}, EVERYTHING])
 def test_one_worker_is_a2c(args, tmp_path):
     """The same transitions give the same gradients, and the same steps: all weights are the same, bit for bit."""
-    args |= dict(total_timesteps=160, num_envs=2, num_steps=8, num_workers=1)
+    args |= dict(total_timesteps=400, num_envs=2, num_steps=8, num_workers=1)
     agents = [train(module, "PaidResets", tmp_path / module.__name__, **args) for module in (a2c, a3c)]
     for (name, x), (other_name, y) in zip(*(agent.state_dict().items() for agent in agents), strict=True):
         assert name == other_name

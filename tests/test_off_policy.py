@@ -5,6 +5,7 @@ own log what a transition should be.
 """
 
 import copy
+import sys
 import time
 from collections import Counter
 
@@ -105,6 +106,26 @@ def test_buffer_of_dqn(env_id, size, num_envs):
     assert 0.25 * mean < min(drawn.values()) <= max(drawn.values()) < 2 * mean
 
 
+def test_only_frames_of_atari_are_stacked(monkeypatch, tmp_path):
+    pytest.importorskip("ale_py")
+    stacks = []
+    monkeypatch.setattr(dqn, "ReplayBuffer", lambda size, num_envs, space, stack: stacks.append(stack) or sys.exit())
+    for env_id in ("ALE/Pong-v5", "ale_py:ALE/Pong-v5", "tests.tiny_envs:Odd-v0"):
+        kwargs = {"observe": "ChannelsFirst"} if "Odd" in env_id else {}
+        with pytest.raises(SystemExit):
+            run(dqn, tmp_path, env_id=env_id, env_kwargs=kwargs)
+    assert stacks == [4, 4, 1]
+
+
+@MODULES
+def test_what_would_never_learn_is_refused(module, tmp_path):
+    for args in ({"total_timesteps": 100, "learning_starts": 100}, {"buffer_size": 5, "total_timesteps": 120}):
+        if module is dqn or "buffer_size" not in args:
+            with pytest.raises(SystemExit):
+                run(module, tmp_path, num_envs=3, **args)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_buffer_of_ddpg_is_a_ring():
     buffer, rng = ddpg.ReplayBuffer(5, 1, 1), np.random.default_rng(0)
     for i in range(0, 8, 2):  # two transitions at a time
@@ -171,8 +192,10 @@ def test_dqns_policy_is_greedy(shape, hidden_sizes):
 def test_share_of_random_actions(num_envs, monkeypatch, tmp_path):
     monkeypatch.setattr(dqn.Agent, "numpy_policy", lambda agent: lambda obs: np.zeros(len(obs), np.int64))
     args = dict(total_timesteps=6000, learning_starts=5990, start_e=0.9, end_e=0.3, exploration_fraction=2 / 3)
-    run(dqn, tmp_path, num_envs=num_envs, train_frequency=3 * num_envs, **args)
-    actions = [step.action for step in Trace.training()]
+    run(dqn, tmp_path, num_envs=num_envs, train_frequency=3 * num_envs, longest=10**6, **args)
+    actions = np.array([step.action for step in Trace.training()])
+    if num_envs == 3:  # they choose at random independently of each other; in the log they take turns
+        assert (actions[:1998].reshape(-1, 3)[:, :2] != 0).all(1).mean() == pytest.approx(0.25, abs=0.05)
     for third, epsilon in zip(np.array_split(actions, 3), [0.75, 0.45, 0.3], strict=True):  # the means
         shares = np.bincount(third, minlength=3) / len(third)
         assert shares == pytest.approx([1 - 2 / 3 * epsilon, epsilon / 3, epsilon / 3], abs=0.04)
@@ -201,6 +224,7 @@ def test_ddpgs_first_actions_are_uniform_and_later_ones_those_of_the_policy_with
     assert starts.std(0) == pytest.approx([0.2 * np.sqrt(1 - (1 - theta) ** 2)] * 2, rel=0.2)
     assert later.std(0) == pytest.approx([0.2, 0.2], rel=0.1)
     assert later.mean(0) == pytest.approx([0, 0], abs=0.03)
+    assert abs(np.corrcoef(later.T)[0, 1]) < 0.3
     for before, after in pairs.transpose(2, 1, 0):
         assert np.polyfit(before, after, 1) == pytest.approx([1 - theta, 0], abs=0.03)
 

@@ -176,6 +176,13 @@ def test_discrete_actions_follow_the_softmax_and_without_rng_are_the_most_likely
     assert (agent.numpy_policy()(obs) == probabilities.argmax()).all()
 
 
+def test_only_actions_that_exist_have_a_probability():
+    space = spaces.MultiDiscrete([2, 4, 3])
+    every_action = torch.cartesian_prod(*map(torch.arange, space.nvec.tolist()))
+    policy, _ = look(make_agent(action_space=space), torch.ones(24, 3))
+    assert policy.log_prob(every_action).exp().sum().item() == pytest.approx(1)
+
+
 def test_box_actions_follow_the_gaussian_and_without_rng_are_its_mean():
     agent, obs = make_agent(action_space=spaces.Box(-1, 1, (3,)), log_std_init=-1.5), np.ones((40_000, 3), np.float32)
     assert ppo.Agent(VECTOR, spaces.Box(-9, 9, (1,)), ppo.Args(log_std_init=-1.5)).log_std.tolist() == [-1.5]
@@ -274,11 +281,6 @@ def test_box_actions_are_scaled_to_the_bounds_of_each_axis(low, high, actions, e
 # ---- what train() learns from
 
 
-def reward_scale(steps, some, gamma):
-    """The standard deviation of the discounted sums of rewards in an episode up to each of these steps."""
-    return np.std([sum(gamma**k * steps[env, n, t - k].reward for k in range(t + 1)) for env, n, t in some])
-
-
 def slow_advantages(agent, steps, rollout, gamma, gae_lambda, scale):
     """GAE, and the return, of each step of the rollout."""
     states = rollout + [(env, n, t + 1) for env, n, t in rollout]
@@ -298,7 +300,7 @@ def slow_advantages(agent, steps, rollout, gamma, gae_lambda, scale):
 
 @each(a2c, ppo, trpo)
 @pytest.mark.parametrize("args", [{"num_steps": 17}, {"norm_reward": True, "env_kwargs": {"jackpot": 1000.0}}])
-def test_batches(module, args, monkeypatch, tmp_path):
+def test_batches(module, args, optimizer_steps, monkeypatch, tmp_path):
     """A batch has each step of its rollout once, resets not at all, and with each step what belongs to it."""
     batches, T = watch(module, monkeypatch), args.get("num_steps", 16)
     settings = dict(gae_lambda=0.7, gamma=0.9, num_minibatches=1, update_epochs=1, total_timesteps=8 * 4 * T)
@@ -307,7 +309,8 @@ def test_batches(module, args, monkeypatch, tmp_path):
     assert len(batches) == 8
     for k, batch in enumerate(batches):
         so_far, order = [key for i in range(k + 1) for key in rollouts[i]], keys(batch.x)
-        scale = reward_scale(steps, so_far, 0.9) if "norm_reward" in args else None
+        sums = [sum(0.9**i * steps[env, n, t - i].reward for i in range(t + 1)) for env, n, t in so_far]
+        scale = np.std(sums) if "norm_reward" in args else None  # of discounted sums up to each step
         expected = slow_advantages(batch.agent, steps, rollouts[k], 0.9, 0.7, scale)
         assert sorted(order) == sorted(expected)
         advantages, returns = np.array([expected[key] for key in order]).T
@@ -315,7 +318,11 @@ def test_batches(module, args, monkeypatch, tmp_path):
             assert batch.actions.tolist() == [steps[key].action for key in order]
             advantages = (advantages - advantages.mean()) / advantages.std()
         np.testing.assert_allclose(batch.advantages, advantages, rtol=1e-3, atol=1e-3)
-        if module is not trpo:
+        if module is trpo:  # the first of two steps of the critic
+            errors = look(batch.agent, batch.x)[1] - torch.as_tensor(returns, dtype=torch.float32)
+            expected = gradient(errors.square().mean(), list(batch.agent.critic.parameters()))
+            torch.testing.assert_close(optimizer_steps[2 * k].gradient, expected, rtol=1e-3, atol=1e-3)
+        else:
             np.testing.assert_allclose(batch.returns, returns, rtol=1e-3, atol=1e-3)
         if module is ppo:
             explained = 1 - np.var(returns - look(batch.agent, batch.x)[1].detach().numpy()) / np.var(returns)
@@ -376,6 +383,8 @@ def test_learning_rate(module, anneal_lr, optimizer_steps, tmp_path):
     per_update = {a2c: 1, ppo: 6, reinforce: 3, trpo: 6}[module]  # epochs times minibatches; reinforce: 1 + 2
     assert [step.lr for step in optimizer_steps] == pytest.approx(np.repeat(rates, per_update).tolist())
     assert [y for _, y in points] == pytest.approx(rates)
+    if module is reinforce:  # first the policy: a V that knows these episodes would bias its gradient
+        assert [len(step.gradient) for step in optimizer_steps[:3]] == [59, 41, 41]
 
 
 @each(*LEARN)
@@ -398,13 +407,20 @@ def test_observation_statistics(module, monkeypatch, tmp_path):
 @each(*LEARN)
 def test_the_actions_learned_from_are_those_before_they_are_clipped(module, monkeypatch, tmp_path):
     used, log_prob = [], torch.distributions.Independent.log_prob
+    deviations, numpy_policy = set(), module.Agent.numpy_policy
 
     def spy(policy, actions):
         used.append(actions)
         return log_prob(policy, actions)
 
+    def spy_on_acting(agent, *rng):
+        deviations.add(tuple(agent.log_std.tolist()))
+        return numpy_policy(agent, *rng)
+
     monkeypatch.setattr(torch.distributions.Independent, "log_prob", spy)
+    monkeypatch.setattr(module.Agent, "numpy_policy", spy_on_acting)
     train(module, tmp_path, "Target")
+    assert len(deviations) > 2  # σ is learned, and each rollout has that of its time
     used = torch.cat(used).numpy()
     assert (np.abs(used) > 1).any(0).all()
     assert used.std(0) == pytest.approx(np.ones(3), abs=0.5)
@@ -452,18 +468,25 @@ def test_a_full_step_is_the_natural_gradient_of_the_explicit_fisher_matrix(actio
 
 @pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.Box(-1, 1, (2,))])
 def test_the_kl_limit_holds_or_the_old_parameters_stay(action_space):
-    agent = make_agent(VECTOR, action_space, trpo)
+    agent, shortened = make_agent(VECTOR, action_space, trpo), []
     parameters = policy_of(agent)
     x, advantages = torch.randn(100, 3), torch.randn(100)
     for delta in (0.01, 1.0, 100.0):
-        old = copy.deepcopy(agent)
+        old, full = copy.deepcopy(agent), copy.deepcopy(agent)
         actions = look(old, x)[0].sample()
         log = trpo.trust_region_step(agent, parameters, x, actions, advantages, trpo.Args(target_kl=delta))
+        unchecked = trpo.Args(target_kl=delta, line_search_steps=0)
+        trpo.trust_region_step(full, policy_of(full), x, actions, advantages, unchecked)
+        before, step, full_step = (parameters_to_vector(policy_of(a)).detach() for a in (old, agent, full))
+        shortened.append(log["losses/line_search_steps"])
+        share = 0.8 ** shortened[-1] if shortened[-1] < 10 else 0
+        torch.testing.assert_close(step - before, share * (full_step - before), rtol=1e-3, atol=1e-5)
         kl = torch.distributions.kl_divergence(look(old, x)[0], look(agent, x)[0]).mean().item()
         assert kl <= delta
         assert log["losses/kl"] == pytest.approx(kl, abs=1e-5)
         assert log["losses/surrogate_improvement"] > 0 or kl == 0
         assert all(torch.equal(p, q) for p, q in zip(old.critic.parameters(), agent.critic.parameters(), strict=True))
+    assert any(0 < j < 10 for j in shortened) or action_space == spaces.Discrete(3)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -486,12 +509,13 @@ def test_a_step_that_makes_things_worse_is_refused(seed):
 # ---- REINFORCE
 
 
-@pytest.mark.parametrize("norm_reward", [False, True])
+@pytest.mark.parametrize("norm", ["", "norm_reward", "norm_weight"])
 @pytest.mark.parametrize("weight", ["total-return", "reward-to-go", "baseline"])
-def test_reinforce_weighs_whole_episodes_one_of_each_environment(weight, norm_reward, monkeypatch, tmp_path):
+def test_reinforce_weighs_whole_episodes_one_of_each_environment(weight, norm, monkeypatch, tmp_path):
     batches = watch(reinforce, monkeypatch)
-    args = dict(total_timesteps=100, gamma=0.9, weight=weight, norm_reward=norm_reward)
-    train(reinforce, tmp_path, **args)
+    norms = dict(norm_reward=norm == "norm_reward", norm_weight=norm == "norm_weight")
+    train(reinforce, tmp_path, total_timesteps=100, gamma=0.9, weight=weight, **norms)
+    assert min(length for _, length in logged(tmp_path)["charts/episodic_length"]) > 0
     steps, _ = played()
     returns, all_returns = {}, []
     for key in steps:
@@ -505,10 +529,12 @@ def test_reinforce_weighs_whole_episodes_one_of_each_environment(weight, norm_re
         policy, values = look(batch.agent, batch.x)
         torch.testing.assert_close(batch.results[0], -(policy.log_prob(batch.actions) * batch.weights).sum() / 4)
         all_returns += [returns[key] for key in mine]
-        scale = np.std(all_returns) if norm_reward else 1
-        for key, w, value in zip(mine, batch.weights, values.tolist(), strict=True):
-            expected = returns[*key[:2], 0 if weight == "total-return" else key[2]] / scale
-            assert w == pytest.approx(expected - (value if weight == "baseline" else 0), rel=1e-3, abs=1e-3)
+        scale = np.std(all_returns) if norms["norm_reward"] else 1
+        expected = [returns[*key[:2], 0 if weight == "total-return" else key[2]] / scale for key in mine]
+        expected -= values.detach().numpy() * (weight == "baseline")
+        if norms["norm_weight"]:
+            expected = (expected - expected.mean()) / expected.std()
+        np.testing.assert_allclose(batch.weights, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_reinforce_says_which_episodes_it_did_not_learn_from(capsys, optimizer_steps, tmp_path):

@@ -21,8 +21,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.tiny_envs import ACTIONS, OBSERVATIONS, Odd
 
-EPISODES_OF_3 = "--env-kwargs reward step length 3"  # the rewards are 1, 2 and 3
-
 
 def weights(value) -> list[torch.Tensor]:
     """All tensors in the dicts and lists of a checkpoint, in order."""
@@ -98,7 +96,7 @@ def test_same_seed_same_run(algo, cli, run):
 
 def test_points_of_episodes(cli):
     """Each episode is one point, at the step where it ends; the step that only resets adds nothing to it."""
-    folder = cli(PPO, small(PPO, f"{EPISODES_OF_3} growth 2 --eval-episodes 2")).check().folder
+    folder = cli(PPO, small(PPO, "--env-kwargs reward step length 3 growth 2 --eval-episodes 2")).check().folder
     events, ends = read_events(folder), np.repeat([3, 9, 13, 19, 23, 29, 33, 39], 2)  # of 3 and 5 steps in turn
     lengths, returns = np.tile([3, 3, 5, 5], 4), np.tile([6, 6, 15, 15], 4)
     assert events["charts/episodic_length"] == list(zip(2 * ends, lengths, strict=True))
@@ -166,15 +164,6 @@ def test_evaluate(algo, cli, run):
     assert "episodes=2" in fewer.out
 
 
-def test_evaluated_policy(cli):
-    """It is deterministic, and has the statistics that were learned."""
-    trained = cli(PPO, small(PPO, "--norm-obs --eval-episodes 3 --env-kwargs act Float64")).check()
-    actions = Odd.seen_actions[-3 * 5 :]
-    Odd.seen_actions.clear()
-    cli(PPO, f"--evaluate {trained.folder}/checkpoint.pt").check()
-    np.testing.assert_array_equal(Odd.seen_actions, actions)
-
-
 def test_endless_episode(cli):
     result = cli(PPO, small(PPO, "--env-kwargs length inf"))
     assert result.status == 0, result.err
@@ -202,7 +191,7 @@ def test_resume(algo, cli):
     assert (before["global_step"], after["global_step"]) == (STEPS, 2 * STEPS)
     assert after["args"] == before["args"] | new
     rates = [state["param_groups"][0]["lr"] for name, state in after.items() if "optimizer" in name]
-    assert set(rates) == ({0.125} if algo.stem != "a3c" else set())  # not the one that it had
+    assert rates == [0.125] * {"a3c": 0, "ddpg": 2, "reinforce": 2}.get(algo.stem, 1)  # not the one that it had
 
 
 def test_curves_of_a_resumed_run(cli):
@@ -221,23 +210,21 @@ def test_curves_of_a_resumed_run(cli):
 
 
 def test_kwargs_of_the_environment(cli):
-    """They reach it in training and evaluation, and those beside --resume are added to those of the checkpoint."""
+    """Those beside --resume are added to those of the checkpoint."""
     trained = cli(PPO, small(PPO, "--env-kwargs reward step length 1 growth 2")).check()
-    returns = [value for _, value in read_events(trained.folder)["charts/episodic_return"]]
-    assert {*returns[::4], *returns[1::4]} == {1}
-    assert {*returns[2::4], *returns[3::4]} == {6}
-    assert "mean_return=1.00" in trained.out
     resumed = cli(PPO, f"--resume {trained.folder}/checkpoint.pt --total-timesteps 128 --env-kwargs length 4").check()
     assert "mean_return=10.00" in resumed.out
     assert read_checkpoint(trained.folder)["args"]["env_kwargs"] == {"reward": "step", "length": 4, "growth": 2}
 
 
-def test_kwargs_win(cli, monkeypatch):
-    """Over what the file itself would pass to an Atari environment."""
+def test_kwargs_win(monkeypatch):
+    """Over what the file itself would pass to an Atari environment: rewards are clipped in training only."""
     passed = []
     monkeypatch.setattr(gym, "make_vec", lambda *_, **options: passed.append(options))
-    assert cli(PPO, small(PPO, "--env-id ALE/Pong-v5 --env-kwargs reward_clipping False")).status == 2  # no environment
-    assert passed[0]["reward_clipping"] is False
+    for kwargs, eval_folder in (({}, None), ({}, "runs"), ({"reward_clipping": False}, None)):
+        with pytest.raises(SystemExit):  # no environment
+            load(PPO).make_envs(load(PPO).Args(env_id="ALE/Pong-v5", env_kwargs=kwargs), 1, eval_folder)
+    assert [options["reward_clipping"] for options in passed] == [True, False, False]
 
 
 def test_crash_while_saving(cli, monkeypatch):
@@ -289,8 +276,8 @@ def test_interrupt(tmp_path, cli, launch, number, flags):
     ("flags", "words"),
     [
         ("--env-kwargs reward nan", r"rewards?"),
-        ("--env-kwargs flaw nan", r"observations?|losses/\w+"),
-        ("--learning-rate 1e30", r"losses/\w+|weights?"),
+        ("--env-kwargs flaw inf", r"observations?|losses/\w+"),
+        ("--learning-rate 3e38", r"losses/\w+|weights?"),  # the first step makes a weight infinite
     ],
 )
 def test_numbers_that_are_not_finite(algo, cli, flags, words):
@@ -301,21 +288,6 @@ def test_numbers_that_are_not_finite(algo, cli, flags, words):
     message = re.search(rf"\b({words})\b.* not finite(?: at step (\d+))?$", result.err.rstrip())
     assert message, result.err
     assert int(message[2] or 0) < 400 or algo.stem == "a3c"  # whose workers send their losses when a point is due
-    assert all(tensor.isfinite().all() for tensor in weights(read_checkpoint(result.folder)))
-
-
-def test_reward_that_is_not_a_number(cli, monkeypatch):
-    """Gymnasium's checker names it before its vector environment ends the run."""
-    monkeypatch.setattr(gym.registry["Odd-v0"], "disable_env_checker", False)
-    result = cli(PPO, small(PPO, "--env-kwargs reward text"))
-    assert (result.status, "reward returned by `step()` must be a float" in result.err) == (1, True)
-
-
-def test_statistics_that_are_not_finite(cli):
-    """An observation of inf is clipped, so that no loss shows it; but the statistics do, before they are saved."""
-    flags = "--env-kwargs flaw inf --norm-obs --total-timesteps 100000 --checkpoint-interval 1"
-    result = cli(PPO, small(PPO, flags))
-    assert (result.status, "not finite" in result.err) == (1, True)
     assert all(tensor.isfinite().all() for tensor in weights(read_checkpoint(result.folder)))
 
 

@@ -131,6 +131,17 @@ def test_one_folder_with_the_episodes_of_all_processes(runs):
     assert sorted(value for _, value in logged) == pytest.approx(returns, abs=1e-5)
 
 
+def test_a_resumed_follower_has_the_weights_and_the_optimizer(runs):
+    folder, saved = runs
+    envs = ppo.make_envs(ppo.Args(env_id="tests.tiny_envs:Trace-v0"), 1)
+    args = ppo.Args(hidden_sizes=(8,), norm_obs=True, norm_reward=True, resume=f"{only(folder / 'runs')}/checkpoint.pt")
+    agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
+    optimizer = torch.optim.Adam(agent.parameters())
+    assert ppo.Follower(args, agent=agent, optimizer=optimizer).global_step == 160
+    assert all(torch.equal(x, saved[0]["agent"][name]) for name, x in agent.state_dict().items())
+    assert optimizer.state_dict()["state"][0]["step"] == len(saved[0]["batches"])
+
+
 TORCHRUN = "torch.distributed.run --nproc-per-node 2"
 LONG = "--env-id CartPole-v1 --total-timesteps 500000 --checkpoint-interval 64 --device cpu"
 

@@ -186,6 +186,7 @@ class Mission(gym.Space):
 
 
 VECTOR = spaces.Box(-1, 1, (3,))
+PAIR = spaces.Tuple((spaces.Discrete(2), VECTOR))
 MAX = np.finfo(np.float32).max
 
 OBSERVATIONS = {
@@ -198,14 +199,7 @@ OBSERVATIONS = {
     "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
     "MultiBinary": spaces.MultiBinary(4),
     "Dict": spaces.Dict({"b": spaces.Discrete(3), "a": spaces.Dict({"c": VECTOR})}),
-    "DictWithText": spaces.Dict(
-        {
-            "text": spaces.Text(9),
-            "mission": Mission(),
-            "a": spaces.Discrete(3),
-            "b": spaces.Tuple((spaces.Discrete(2), VECTOR)),
-        }
-    ),
+    "DictWithText": spaces.Dict(text=spaces.Text(9), mission=Mission(), a=spaces.Discrete(3), b=PAIR),
     "Tuple": spaces.Tuple((VECTOR, spaces.Discrete(3), spaces.Box(0, 255, (2, 2), np.uint8))),
     "ChannelsFirst": spaces.Box(0, 255, (3, 36, 40), np.uint8),
     "ChannelsLast": spaces.Box(0, 255, (40, 36, 1), np.uint8),
