@@ -117,6 +117,19 @@ def test_only_frames_of_atari_are_stacked(monkeypatch, tmp_path):
     assert stacks == [4, 4, 1]
 
 
+def test_the_rewards_of_every_step_of_dqn_must_be_finite(monkeypatch, tmp_path):
+    step, rewards_seen = gym.vector.SyncVectorEnv.step, []
+
+    def fifth_is_not(envs, actions):
+        obs, rewards, *others = step(envs, actions)
+        rewards_seen.append(rewards)
+        return obs, rewards if len(rewards_seen) != 5 else rewards + np.nan, *others
+
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", fifth_is_not)
+    with pytest.raises(AssertionError, match="rewards not finite at step 8"):
+        run(dqn, tmp_path, train_frequency=4)
+
+
 @MODULES
 def test_what_would_never_learn_is_refused(module, tmp_path):
     for args in ({"total_timesteps": 100, "learning_starts": 100}, {"buffer_size": 5, "total_timesteps": 120}):
