@@ -77,7 +77,7 @@ class Args:
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
             if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
-                fail(f"--{name.replace('_', '-')} must be finite and at least {low}")
+                fail(f"--{name.replace('_', '-')} must be finite" + f" and at least {low}" * (name != "log_std_init"))
 
 
 # ==== shared: networks
