@@ -380,10 +380,10 @@ def evaluate(agent, args, folder):
 
 
 def load_checkpoint(path, **modules):
-    """Read a checkpoint, a dict, and give `modules` their states in it."""
+    """Read a checkpoint, a dict with exactly the arguments of this file, and give `modules` their states in it."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["args"] = Args(**checkpoint["args"])  # raises if these are not the arguments of this file
+        checkpoint["args"] = Args(**{k: checkpoint["args"][k] for k in checkpoint["args"] | Args.__annotations__})
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         return checkpoint

@@ -127,6 +127,7 @@ BAD = [  # flags, a word of the message
     *[(f"--resume {{files}}/{name}", name) for name in ("missing", "directory", "list", "foreign", "weightless")],
     *[(f"--evaluate {{files}}/{name}", name) for name in ("missing", "empty", "truncated", "malicious", "weightless")],
     *[(f"--init-from {{files}}/{name}", word) for name, word in (("garbage", "garbage"), ("weightless", "no weights"))],
+    ("--resume {files}/a2c", "update_epochs"),
     ("--init-from {files}/good", "no weights"),  # CartPole's networks have other shapes
     ("--freeze -1", "--freeze"),
     ("--freeze 3", "--freeze"),
@@ -144,10 +145,12 @@ def files(tmp_path_factory):
     for name, content in (("good", good), ("empty", b""), ("garbage", b"?" * 10_000), ("truncated", good[:-1000])):
         (folder / name).write_bytes(content)
     args = torch.load(folder / "good", weights_only=True)["args"]
+    of_a2c = {name: args[name] for name in load(PPO.with_stem("a2c")).Args.__annotations__}  # all are flags of PPO, too
     torch.save([1, 2], folder / "list")
     torch.save({"args": {"env_id": "CartPole-v1", "wings": 2}, "global_step": 0}, folder / "foreign")
     torch.save({"args": args, "global_step": 0}, folder / "weightless")
-    torch.save(torch.load(folder / "good", weights_only=True) | {"code": Path()}, folder / "malicious")
+    for name, changes in (("a2c", {"args": of_a2c}), ("malicious", {"code": Path()})):
+        torch.save(torch.load(folder / "good", weights_only=True) | changes, folder / name)
     return folder
 
 
