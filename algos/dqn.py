@@ -273,8 +273,8 @@ def train(args):
                     update_target(target, agent, args.tau)
 
             # 4. Log, and save when due.
-            rewards = buffer.rewards[(buffer.row - 1 - np.arange(T)) % buffer.num_rows]  # of all T steps
-            run.log_update(scalars, observations=obs, rewards=rewards)
+            rows = (buffer.row - np.arange(T + 1)) % buffer.num_rows  # those of these T steps, after the next one
+            run.log_update(scalars, observations=buffer.frames[rows], rewards=buffer.rewards[rows[1:]])
         run.finish(agent)
     envs.close()
     return agent
