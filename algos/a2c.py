@@ -2,7 +2,7 @@ r"""Advantage Actor-Critic (A2C), the synchronous form of A3C.
 
 REINFORCE waits for whole episodes and takes their noisy returns as they come. A2C plays a few steps of many
 environments and lets the value function V, the critic, stand for the rest of each episode: the return is bootstrapped.
-The smaller λ, the sooner the critic takes over: less variance, more bias. The ends are two ways to estimate a value:
+The smaller λ, the sooner the critic takes over: less variance, more bias. Two estimates of the advantage are the ends:
 
     λ = 0   Â_t = δ_t = r_t + γ V(s_{t+1}) - V(s_t)                   one-step TD error: as biased as V, hardly noisy
     λ = 1   Â_t = r_t + γ r_{t+1} + … + γ^{T-t} V(s_T) - V(s_t)       Monte Carlo up to the rollout's end s_T: noisy
@@ -11,7 +11,7 @@ The smaller λ, the sooner the critic takes over: less variance, more bias. The 
     L = E_t[ log π_θ(a_t|s_t) Â_t - c_v (V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ],  maximised; Â_t and R̂_t are constants
 
 LayerNorm before each tanh was tried and left out. Over five seeds, with earlier settings, it made no difference on
-LunarLander (184 ± 76; 188 ± 74 without it); HalfCheetah went from 2302 ± 1424 to 3970 ± 1965, as with longer rollouts.
+LunarLander (188 ± 74 → 184 ± 76); HalfCheetah rose from 2302 ± 1424 to 3970 ± 1965, but longer rollouts do as much.
 
 V. Mnih et al.: Asynchronous Methods for Deep Reinforcement Learning, 2016, arXiv:1602.01783.
 GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
@@ -140,7 +140,7 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        elif self.is_multi:  # k actions at once, each of up to n values; those that it does not have get the logit -1e8
+        elif self.is_multi:  # k actions at once, each of up to n values; the values that an action lacks get logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
@@ -241,7 +241,7 @@ def train(args):
     with Run(args, agent=agent, optimizer=optimizer) as run:
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
-        obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))  # the last, s_T, is where a rollout begins
+        obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))  # obs[T], where a rollout ends, is where the next begins
         actions = np.stack([agent.numpy_policy()(obs[0])] * T)  # for their shape and dtype
         rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T + 1, N))
         terminated, truncated, valid = np.zeros((3, T, N), bool)

@@ -2,7 +2,7 @@ r"""Asynchronous Advantage Actor-Critic (A3C).
 
 A2C without the waiting: worker processes share one set of parameters θ, and each goes on at its own pace. It copies θ,
 plays a few steps of its environments with the copy θ', computes the gradient of A2C's loss there, and takes a step with
-it on θ, which others have changed in the meantime. θ is not locked: two steps seldom meet, and then do little harm
+it on θ, which others have changed in the meantime. θ is not locked: steps seldom meet, and do little harm when they do
 (Hogwild). The running squares g of RMSprop are shared, too.
 
     θ' ← θ;   play t = 0 … T-1 with π_θ'
@@ -143,7 +143,7 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        elif self.is_multi:  # k actions at once, each of up to n values; those that it does not have get the logit -1e8
+        elif self.is_multi:  # k actions at once, each of up to n values; the values that an action lacks get logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
@@ -288,7 +288,7 @@ def work(worker, args, shared, squares, counters, messages, first_step):
     global_step, num_updates = counters
     seed = (args.seed + first_step + 10**8 * worker) % 2**31  # a resumed run does not play the same episodes again
     rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
-    obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))  # the last, s_T, is where a rollout begins
+    obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))  # obs[T], where a rollout ends, is where the next begins
     actions = np.stack([agent.numpy_policy()(obs[0])] * T)  # for their shape and dtype
     rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T + 1, N))
     terminated, truncated, valid = np.zeros((3, T, N), bool)

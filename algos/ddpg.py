@@ -134,7 +134,7 @@ class ReplayBuffer:
         self.size, self.added = size, 0
 
     def add(self, *transitions):
-        """Put in B transitions: obs, actions, rewards, next_obs, terminated, arrays (B, ...)."""
+        """Add B transitions: obs, actions, rewards, next_obs, terminated, arrays (B, ...)."""
         places = (self.added + np.arange(len(transitions[0]))) % self.size
         for array, values in zip(self.arrays, transitions, strict=True):
             array[places] = values

@@ -13,8 +13,8 @@ one network choose the action and the other evaluate it:
 
     y = r + γ (1 - terminated) Q_targ(s', argmax_a' Q(s', a'))
 
-Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With no --hidden-sizes Q
-is linear; on a Discrete observation, which is flattened to one-hot, it is a table of Q-values plus a bias per action.
+Actions are ε-greedy: the best one, or with probability ε, which falls linearly, a random one. With an empty
+--hidden-sizes Q is linear; on a Discrete observation, flattened to one-hot, a table of Q-values plus a bias per action.
 The paper clips errors to ±1. We do not: the many small ones would outweigh the few large ones at the ends of episodes.
 
 V. Mnih et al.: Human-level control through deep reinforcement learning, Nature 518, 2015. Double DQN: H. van Hasselt,
@@ -52,7 +52,7 @@ class Args:
     learning_rate: float = 2e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the total timesteps
     gamma: float = 0.99  # discount γ
-    buffer_size: int = 100_000  # about how many of the latest steps the replay buffer keeps
+    buffer_size: int = 100_000  # latest steps that the replay buffer keeps, rounded down to a multiple of num_envs
     batch_size: int = 128  # transitions of a gradient step
     learning_starts: int = 1000  # steps before learning; as many again after a resume, since the buffer is not saved
     train_frequency: int = 4  # steps between updates of Q, rounded down to a multiple of num_envs, but not to 0
@@ -147,7 +147,7 @@ class Agent(nn.Module):
         return act
 
     def to_env(self, actions):
-        """Actions as the environment takes them: counted from its start."""
+        """Actions as the environment takes them: counted from the start of its space."""
         return (actions + self.action_space.start).astype(self.action_space.dtype, copy=False)
 
 
@@ -181,7 +181,7 @@ class ReplayBuffer:
         self.row += 1
 
     def observations(self, rows, envs):
-        """Those of B rows and environments, (B, *obs_space.shape)."""
+        """The observations at B rows and environments, (B, *obs_space.shape)."""
         if self.stack == 1:
             return self.frames[rows % self.num_rows, envs]
         back = np.arange(self.stack)[::-1]
@@ -193,7 +193,7 @@ class ReplayBuffer:
         """B transitions, drawn uniformly: obs, actions, rewards, next_obs, terminated, each (B, ...)."""
         oldest = max(0, self.row - self.num_rows + self.stack)
         rows, envs = rng.integers(oldest, self.row, batch_size), rng.integers(self.num_envs, size=batch_size)
-        while not (valid := self.valid[rows % self.num_rows, envs]).all():  # draw those anew that only reset
+        while not (valid := self.valid[rows % self.num_rows, envs]).all():  # draw again in the place of resets
             rows[~valid] = rng.integers(oldest, self.row, (~valid).sum())
             envs[~valid] = rng.integers(self.num_envs, size=(~valid).sum())
         at = rows % self.num_rows, envs

@@ -6,7 +6,7 @@ stops rewarding an action once the probability ratio ρ has left [1-ε, 1+ε] in
 
     ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
     L   = E_t[ min(ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t) - c_v (V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ], maximised
-    Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},   δ_t = r_t + γ V(s_{t+1}) - V(s_t),   R̂_t = Â_t + V(s_t)
+    Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},   δ_t = r_t + γ V(s_{t+1}) - V(s_t),   R̂_t = Â_t + V(s_t);   in L, Â_t is standardised
 
 J. Schulman, F. Wolski, P. Dhariwal, A. Radford, O. Klimov: Proximal Policy Optimization Algorithms, 2017,
 arXiv:1707.06347. Â_t is GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
@@ -141,7 +141,7 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        elif self.is_multi:  # k actions at once, each of up to n values; those that it does not have get the logit -1e8
+        elif self.is_multi:  # k actions at once, each of up to n values; the values that an action lacks get logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
@@ -251,7 +251,7 @@ def train(args):
     with run_class(args, agent=agent, optimizer=optimizer) as run:
         seed = args.seed + run.global_step + rank * N  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
-        obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))  # the last, s_T, is where a rollout begins
+        obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))  # obs[T], where a rollout ends, is where the next begins
         actions = np.stack([agent.numpy_policy()(obs[0])] * T)  # for their shape and dtype
         rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T + 1, N))
         terminated, truncated, valid = np.zeros((3, T, N), bool)
@@ -271,7 +271,7 @@ def train(args):
             for step in gather(np.stack([rewards, valid, terminated | truncated], axis=1), axis=2):  # (T, 3, W·N)
                 run.log_step(*step)
 
-            # 2. log π_old(a_t|s_t) and V(s_t) in one batch; from V the returns R̂_t and advantages Â_t, standardised.
+            # 2. log π_old(a_t|s_t) and V(s_t) in one batch; from V the returns R̂_t and the standardised advantages Â_t.
             x = torch.as_tensor(agent.preprocess(obs), device=device).flatten(0, 1)
             b_x, b_actions = x[: T * N], torch.as_tensor(actions, device=device).flatten(0, 1)
             with torch.no_grad():

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    total_timesteps: int = 400_000  # environment steps, all environments together; episodes this cuts off are dropped
+    total_timesteps: int = 400_000  # environment steps, all environments together; an update this cuts short is dropped
     num_envs: int = 16  # N parallel environments: one episode of each per update; steps spent waiting count, too
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of actor and critic; none: linear (images: always 512)
     log_std_init: float = 0.0  # initial log σ of the Gaussian policy; 0: σ is half the range of each action
@@ -140,7 +140,7 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        elif self.is_multi:  # k actions at once, each of up to n values; those that it does not have get the logit -1e8
+        elif self.is_multi:  # k actions at once, each of up to n values; the values that an action lacks get logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
@@ -206,7 +206,7 @@ class Agent(nn.Module):
 def rewards_to_go(rewards, gamma, restart=False):
     """R_t = Σ_{k≥t} γ^{k-t} r_k, (T, N), of rewards (T, N); with restart up to the first r_k other than 0.
 
-    A column is an episode, then zeros. Rewards after a time limit do not count: g is the gradient of what is before it.
+    A column is an episode, then zeros. Rewards after a time limit do not count: g is of the return up to it.
     """
     discount = np.where(restart & (rewards != 0), 0, gamma)
     returns, R = np.zeros_like(rewards), 0.0

@@ -12,7 +12,7 @@ Farther off these are only approximations, so the step is cut back until it keep
     θ = θ_old + α^j √(2δ / dᵀHd) d   for the first j = 0, 1, 2, … for which KL ≤ δ and L(θ) > L(θ_old), if there is one
 
 H is never formed: conjugate gradients solve Hd = g with products Hv = ∇(∇KL·v) alone. A little of the identity is
-added to H (damping): shorter, more stable steps. Â_t is GAE(λ), and V is fitted to the returns R̂_t = Â_t + V(s_t).
+added to H (damping): shorter, more stable steps. Â_t is GAE(λ), standardised in L; V is fitted to R̂_t = Â_t + V(s_t).
 
 J. Schulman, S. Levine, P. Moritz, M. Jordan, P. Abbeel: Trust Region Policy Optimization, 2015, arXiv:1502.05477.
 GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
@@ -58,7 +58,7 @@ class Args:
     line_search_decay: float = 0.8  # α, each length that is tried is this share of the one before
     critic_updates: int = 10  # epochs of the critic's regression on the returns of each rollout
     num_minibatches: int = 16  # minibatches per epoch of the regression
-    norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10 (moves π beyond δ)
+    norm_obs: bool = False  # standardise observations by running mean and std, clip to ±10 (moves π; δ does not see it)
     norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # environment arguments: NAME VALUE …
@@ -145,7 +145,7 @@ class Agent(nn.Module):
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
             self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        elif self.is_multi:  # k actions at once, each of up to n values; those that it does not have get the logit -1e8
+        elif self.is_multi:  # k actions at once, each of up to n values; the values that an action lacks get logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
@@ -286,7 +286,7 @@ def trust_region_step(agent, parameters, x, actions, advantages, args):
         "losses/kl": kl.item(),
         "losses/entropy": old_policy.entropy().mean().item(),
         "losses/surrogate_improvement": (objective - old_objective).item(),
-        "losses/line_search_steps": j,  # how often it was shortened; args.line_search_steps: none was accepted
+        "losses/line_search_steps": j,  # how often it was shortened; line_search_steps (if not 0): none was accepted
         "losses/cg_residual": ((g - Hd).norm() / g.norm().clamp(min=1e-20)).item(),
     }
 
@@ -308,7 +308,7 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.learning_rate  # a flag given beside --resume wins
         seed = args.seed + run.global_step  # a resumed run does not play the same episodes again
         rng = np.random.default_rng(seed).spawn(1)[0]  # not the stream of the environment with this seed
-        obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))  # the last, s_T, is where a rollout begins
+        obs = np.stack([envs.reset(seed=seed)[0]] * (T + 1))  # obs[T], where a rollout ends, is where the next begins
         actions = np.stack([agent.numpy_policy()(obs[0])] * T)  # for their shape and dtype
         rewards, discounted = np.zeros((T, N), np.float32), np.zeros((T + 1, N))
         terminated, truncated, valid = np.zeros((3, T, N), bool)
@@ -326,7 +326,7 @@ def train(args):
                 ended = terminated[t] | truncated[t]
                 run.log_step(rewards[t], valid[t], ended)
 
-            # 2. V(s_t) in one batch; from it the returns R̂_t and advantages Â_t, standardised.
+            # 2. V(s_t) in one batch; from it the returns R̂_t and the standardised advantages Â_t.
             x = torch.as_tensor(agent.preprocess(obs), device=device)
             with torch.no_grad():
                 values = agent.critic(agent.encoder(x.flatten(0, 1))).numpy(force=True).reshape(T + 1, N)

@@ -240,12 +240,13 @@ def overview(table: pd.DataFrame) -> str:
         rows.append([env_id, *(cells.get(name, "") for name in ALGORITHMS)])
     return (
         f"{markdown_rows(rows)}\n"
-        "Above: the return of the final deterministic policy, mean ± sample deviation over the seeds (steps x seeds).\n"
-        "Below: the algorithm's best figure in [published.csv](benchmark/published.csv), and where they differ the\n"
-        "environment's version and the metric (training returns, the maximum over training, sampled actions).\n"
-        "Bold: at or above every such figure (results.md has our training return beside published ones), in no more\n"
-        "steps than the best whose actions are not sampled, if these are known.\n"
-        "It compares means and is no test of significance: some leads are smaller than their standard error.\n"
+        "Above: the return of the final deterministic policy, mean ± standard deviation over seeds (steps x seeds).\n"
+        "Below: the algorithm's best figure in [published.csv](benchmark/published.csv) (?: its steps are unknown),\n"
+        "and where they differ from ours the environment's version and the metric (training returns, the maximum over\n"
+        "training, sampled actions).\n"
+        "Bold: at or above every published figure (of training returns: with ours), in no more steps than the best\n"
+        "whose actions are not sampled; never if there is none, or if its steps are unknown. It compares means and is\n"
+        "no test of significance: some leads are smaller than their standard error.\n"
     )
 
 

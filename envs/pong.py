@@ -1,4 +1,4 @@
-"""Pong as the policy gradient is taught with it: what moves on the court, and two actions (Karpathy 2016).
+"""Pong as it is used to teach policy gradients: what moves on the court, and two actions (Karpathy 2016).
 
     python envs/pong.py                                                # check it against Gymnasium's rules
     python algos/reinforce.py --env-id envs.pong:PongDifference-v0 --total-timesteps 4000000 --num-envs 8 \
@@ -8,8 +8,8 @@
         --num-minibatches 8 --update-epochs 4 --hidden-sizes 200 --learning-rate 5e-4 --gamma 0.99 --gae-lambda 0.95 \
         --ent-coef 0.01 --norm-obs
 
-How a raw environment becomes one that can be learned from: this one stands around `ALE/Pong-v5` and changes what the
-agent sees (of 100,800 bytes 6,400 numbers) and what it can do. An episode is a game, to 21 points. Nothing after a
+How a raw environment becomes one that can be learned from: this one wraps `ALE/Pong-v5` and changes what the agent
+sees (6,400 numbers instead of 100,800 bytes) and what it can do. An episode is a game, to 21 points. Nothing after a
 point depends on what was done before it, so an action is better judged by its own rally alone: --restart-returns.
 
 A. Karpathy: Deep Reinforcement Learning: Pong from Pixels, 2016, https://karpathy.github.io/2016/05/31/rl.
@@ -38,9 +38,9 @@ class PongEnv(gym.Env):
     """The right paddle of Pong against the computer. A step is four frames; some actions are repeated ("sticky").
 
     Observation, int8 of shape (80, 80): every other pixel of the court, 1 for paddles and ball and 0 for background,
-    minus the same a step before. So 1 is where something has come, -1 where it has left, and 0 everywhere at a start.
+    minus the same one step earlier: 1 where something has come, -1 where it has left, and 0 everywhere at a start.
     Action: Discrete(2), up or down; with `all_actions` the emulator's Discrete(6).
-    Reward: 1 for a point, -1 for one of the computer's.
+    Reward: 1 for a point won, -1 for a point lost.
     End: terminated when a side has 21 points; truncated after 27,000 steps.
     """
 
@@ -49,7 +49,7 @@ class PongEnv(gym.Env):
     def __init__(
         self,
         all_actions: bool = False,
-        repeat_action_probability: float = 0.25,  # of doing the last action again instead; 0 in results before 2018
+        repeat_action_probability: float = 0.25,  # of repeating the last action instead; 0 in NoFrameskip results
         render_mode: str | None = None,
     ):
         self.game = gym.make(

@@ -52,7 +52,7 @@ class TemplateEnv(gym.Env):
         self.time_limit = time_limit  # steps
         self.render_mode = render_mode
 
-        # The true bounds, np.inf where there is none: the checker holds observations to them, and others scale by them.
+        # The true bounds, np.inf where there is none: the checker holds observations to them; some code scales by them.
         self.observation_space = spaces.Box(-1.0, 1.0, shape=(6,), dtype=np.float32)
         if continuous:
             self.action_space = spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
@@ -140,7 +140,7 @@ ENV_IDS = {"Template-v0": {"continuous": False}, "TemplateContinuous-v0": {"cont
 for env_id, kwargs in ENV_IDS.items():
     if env_id not in gym.registry:  # a second import, or a reload, must not register it twice
         # By name, not by class: so worker processes find it again, and a reload takes effect. If `step` did not count
-        # the steps, max_episode_steps=100 here would make the time limit: a wrapper of Gymnasium's that truncates.
+        # the steps, max_episode_steps=100 here would make the time limit, by a wrapper of Gymnasium's that truncates.
         gym.register(env_id, entry_point=f"{__name__}:TemplateEnv", kwargs=kwargs)
 
 
