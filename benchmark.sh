@@ -204,10 +204,11 @@ stop() {
 experiments
 measurement="python benchmark/gradient_variance.py --out $RESULTS/gradient_variance.csv"
 [[ $SCALE == 1 && " ${names[*]} " == *" CartPole-v1__reinforce__"* ]] || measurement=
-if [[ ${#names[@]} == 0 ]]; then
-  echo "error: no experiment with ALGOS=\"$ALGOS\" ENVS=\"$ENVS\"" >&2
+for word in $ALGOS $ENVS; do
+  [[ " ${commands[*]:-}" == *" algos/$word.py "* || " ${names[*]:-}" == *" ${word}__"* ]] && continue
+  echo "error: no experiment of $word with ALGOS=\"$ALGOS\" ENVS=\"$ENVS\"" >&2
   exit 2
-fi
+done
 if [[ ${1:-} == --help ]]; then
   sed -n '2,/^set/ s/^# \{0,1\}//p' "$0"
   exit

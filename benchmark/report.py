@@ -334,7 +334,7 @@ def plot_weights(curves: pd.DataFrame, variances: pd.DataFrame | None, path: Pat
 def main(runs_folder: Path, results_folder: Path, names: Collection[str] = ()) -> None:
     seeds = {}  # (environment, name) -> folders of the finished runs
     for log in sorted(runs_folder.glob("*/log.txt")):
-        *_, last = log.read_text().splitlines()
+        last = log.read_text().strip().rpartition("\n")[2]
         if last.startswith("eval:") and (not names or log.parent.name in names):
             env_id, name, _ = log.parent.name.rsplit("__", 2)
             (folder,) = (path.parent for path in log.parent.glob("*/checkpoint.pt"))
@@ -349,7 +349,7 @@ def main(runs_folder: Path, results_folder: Path, names: Collection[str] = ()) -
     curves = update(results_folder / "curves.csv", pd.concat(curves))
     (results_folder / "results.md").write_text(f"{overview(table)}\n{details(table)}".replace("(benchmark/", "("))
     readme = results_folder.parent / "README.md"
-    if readme.exists():
+    if results_folder.name == "benchmark" and readme.exists():  # not in that of a quick look
         mark = "<!-- results -->\n"
         before, _, after = readme.read_text().split(mark)
         readme.write_text(f"{before}{mark}{overview(table)}{mark}{after}")

@@ -96,7 +96,8 @@ def test_list(run):
 
 
 def test_part(run):
-    assert run(ENVS="CartPole") == (2, 'error: no experiment with ALGOS="ppo" ENVS="CartPole"\n', [])
+    assert run(ENVS="CartPole") == (2, 'error: no experiment of ppo with ALGOS="ppo" ENVS="CartPole"\n', [])
+    assert run(ALGOS="ppo tpro")[::2] == (2, [])
     assert run("-n")[::2] == (2, [])
     assert run("--dry-run", ENVS="PongDifference-v0")[1].count("--env-id envs.pong:PongDifference-v0") == 1
     names = [f"CartPole-v1__reinforce{weight}__11" for weight in ("", "-reward-to-go", "-total-return")]
@@ -252,10 +253,16 @@ def test_another_run_of_an_algorithm_is_compared_with_its_figures():
 
 
 def test_report_keeps_what_it_has_no_runs_of(tmp_path):
-    runs, results, picture = tmp_path / "runs", tmp_path / "results", tmp_path / "results/reinforce-weights.png"
-    (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- results -->\nafter\n")
+    """And the README, if its results are of a part and go elsewhere."""
+    runs, results, picture = tmp_path / "runs", tmp_path / "benchmark", tmp_path / "benchmark/reinforce-weights.png"
+    old = "before\n<!-- results -->\nold\n<!-- results -->\nafter\n"
+    (tmp_path / "README.md").write_text(old)
     for name, evaluation in (("trpo__1", 500), ("trpo__2", 500), ("a2c__1", 300)):
         write_run(runs / f"CartPole-v1__{name}", np.ones(60), [evaluation])
+    (runs / "empty").mkdir()
+    (runs / "empty/log.txt").touch()  # of a run that was cut off at once
+    report.main(runs, tmp_path / "quick")
+    assert (tmp_path / "README.md").read_text() == old
     report.main(runs, results)
     shutil.rmtree(runs)
     write_run(runs / "CartPole-v1__a2c__1", np.full(60, 500), [400])
