@@ -2,7 +2,7 @@ r"""Advantage Actor-Critic (A2C), the synchronous form of A3C.
 
 REINFORCE waits for whole episodes and takes their noisy returns as they come. A2C plays a few steps of many
 environments and lets the value function V, the critic, stand for the rest of each episode: the return is bootstrapped.
-The smaller λ, the sooner the critic takes over: less variance, more bias. Two estimates of the advantage are the ends:
+The smaller λ, the sooner the critic takes over: less variance, more bias. The two ends, and the general case:
 
     λ = 0   Â_t = δ_t = r_t + γ V(s_{t+1}) - V(s_t)                   one-step TD error: as biased as V, hardly noisy
     λ = 1   Â_t = r_t + γ r_{t+1} + … + γ^{T-t} V(s_T) - V(s_t)       Monte Carlo up to the rollout's end s_T: noisy
@@ -119,8 +119,7 @@ class RunningMeanStd(nn.Module):
         rows = torch.as_tensor(rows, dtype=torch.float32, device=self.mean.device)
         self.count += len(rows)
         share = len(rows) / self.count  # of the new rows among all
-        delta = rows.mean(0) - self.mean
-        self.var.lerp_(rows.var(0, correction=0) + (1 - share) * delta.square(), share)
+        self.var.lerp_(rows.var(0, correction=0) + (1 - share) * (rows.mean(0) - self.mean).square(), share)
         self.mean.lerp_(rows.mean(0), share)
 
 
@@ -139,7 +138,8 @@ class Agent(nn.Module):
             self.log_std = nn.Parameter(torch.full((gym.spaces.flatdim(action_space),), args.log_std_init))
             bounded = (action_space.low > -1e10) & (action_space.high < 1e10)  # these bounds become -1 and 1 for π
             low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
-            self.centre, self.half_range = (low + high) / 2, (high - low) / 2
+            self.centre = ((low + high) / 2).clip(action_space.low, action_space.high)
+            self.half_range = (high - low) / 2
         elif self.is_multi:  # k actions at once, each of up to n values; the values that an action lacks get logit -1e8
             nvec = torch.as_tensor(getattr(action_space, "nvec", np.full(action_space.shape, 2))).flatten()
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)

@@ -8,10 +8,9 @@ transitions from a replay buffer, with the actor's action instead of the best on
     critic:   minimise E[ (Q(s, a) - y)² ]; y is a constant           actor:   maximise E[ Q(s, μ(s)) ]
     φ_targ ← τ φ + (1 - τ) φ_targ, for the parameters φ of both
 
-μ is deterministic, so noise is added to its actions for exploration. Actions and noise are in units of half the range
-of each axis, so that the bounds are -1 and 1. (On an axis without two bounds actions stay in [-1, 1] in its own units.)
-Either the noise of each step is new, ε_t ~ N(0, σ²), or it is an Ornstein-Uhlenbeck process, which pushes one way for
-about 1/θ steps:
+μ is deterministic, so noise is added to its actions for exploration. Both are in units of half the range of each axis,
+so that the bounds are -1 and 1. (An axis without two bounds keeps its own, around 0 or the number nearest to it.) The
+noise of each step is new, ε_t ~ N(0, σ²), or an Ornstein-Uhlenbeck process, which pushes one way for about 1/θ steps:
 
     x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15;  its std is σ in the long run, too
 
@@ -102,7 +101,8 @@ class Agent(nn.Module):
         self.action_space = action_space
         bounded = (action_space.low > -1e10) & (action_space.high < 1e10)
         low, high = np.where(bounded, action_space.low, -1), np.where(bounded, action_space.high, 1)
-        self.centre, self.half_range = (low + high) / 2, (high - low) / 2
+        self.centre = ((low + high) / 2).clip(action_space.low, action_space.high)
+        self.half_range = (high - low) / 2
         self.num_actions = int(np.prod(action_space.shape))
         self.actor = nn.Sequential(*mlp(obs_space.shape[0], args.hidden_sizes, self.num_actions), nn.Tanh())
         self.critic = mlp(obs_space.shape[0] + self.num_actions, args.hidden_sizes, 1)
