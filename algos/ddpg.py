@@ -236,8 +236,8 @@ def transfer(args, agent, *networks):
     if args.init_from and not args.resume:
         saved, own = load_checkpoint(args.init_from).get("agent", {}), agent.state_dict()
         taken = {name: x for name, x in saved.items() if name in own and x.shape == own[name].shape}
-        if not any(name.endswith("weight") for name in taken) or "obs_stats.mean" in saved.keys() - own.keys():
-            fail(f"--init-from {args.init_from} does not fit: no weights in common, or --norm-obs there and not here")
+        if not any(name.endswith("weight") for name in taken) or "obs_stats.mean" in saved.keys() ^ own.keys():
+            fail(f"--init-from {args.init_from} does not fit: no weights in common, or --norm-obs in one of them alone")
         agent.load_state_dict(taken, strict=False)
         print(f"taken: {', '.join(taken)}; new: {', '.join(name for name in own if name not in taken) or 'none'}")
     for network in networks:

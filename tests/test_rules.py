@@ -129,6 +129,7 @@ BAD = [  # flags, a word of the message
     *[(f"--init-from {{files}}/{name}", word) for name, word in (("garbage", "garbage"), ("weightless", "no weights"))],
     ("--resume {files}/a2c", "update_epochs"),
     ("--init-from {files}/good", "no weights"),  # CartPole's networks have other shapes
+    ("--init-from {files}/good --env-id tests.tiny_envs:Odd-v0 --hidden-sizes 8 --norm-obs", "--norm-obs"),
     ("--freeze -1", "--freeze"),
     ("--freeze 3", "--freeze"),
     ("--resume {files}/good --env-kwargs observe Matrix", "good"),
