@@ -266,7 +266,7 @@ def make_envs(args, num_envs, eval_folder=None):
     """A vector environment of vectors, or of uint8 images, channels first or last, of at least 36 x 36 pixels."""
     env_id = args.env_id.removeprefix("ale_py:")
     is_atari = env_id.startswith("ALE/")
-    options = {"vectorization_mode": "async" if args.async_envs and not is_atari else None}
+    options = {"vectorization_mode": "async" if args.async_envs and num_envs > 1 and not is_atari else None}
     if eval_folder and args.capture_video:
         record = partial(gym.wrappers.RecordVideo, video_folder=f"{eval_folder}/videos", episode_trigger=lambda _: True)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [record]}
@@ -276,7 +276,7 @@ def make_envs(args, num_envs, eval_folder=None):
     elif is_atari:
         options["reward_clipping"] = not eval_folder  # to ±1, in training only
     try:
-        envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, num_envs, **options | args.env_kwargs)
+        envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else args.env_id, num_envs, **options | args.env_kwargs)
         space = envs.single_observation_space
         if isinstance(space, gym.spaces.Dict):  # texts, such as MiniGrid's mission, are left out
             parts = [key for key, part in space.items() if part.shape is not None or hasattr(part, "spaces")]
@@ -305,7 +305,7 @@ def evaluate(agent, args, folder):
                 break
     envs.close()
     print(f"eval: mean_return={returns.mean():.2f} std={returns.std():.2f} episodes={len(returns)}", end=" ")
-    print(f"checkpoint={folder}/checkpoint.pt")
+    print(f"checkpoint={args.evaluate or folder / 'checkpoint.pt'}")
     return returns
 
 

@@ -160,8 +160,9 @@ def test_evaluate(algo, cli, run):
     assert evaluated.out == run.out
     assert "episodes=3" in evaluated.out
     assert [(path, path.stat().st_mtime_ns) for path in sorted(run.cwd.rglob("*"))] == before
-    fewer = cli(algo, f"--evaluate {run.folder}/checkpoint.pt --eval-episodes 2", run.cwd).check()
-    assert "episodes=2" in fewer.out
+    shutil.copy(run.folder / "checkpoint.pt", run.cwd / "best.pt")
+    fewer = cli(algo, "--evaluate best.pt --eval-episodes 2", run.cwd).check()
+    assert "episodes=2 checkpoint=best.pt" in fewer.out
 
 
 def test_endless_episode(cli):
@@ -395,6 +396,7 @@ def test_actions(cli, path, name):
         ("Box2D", "LunarLander-v3"),
         ("mujoco", "HalfCheetah-v5"),
         ("ale_py", "ALE/Pong-v5 --seed 300000 --env-kwargs max_num_frames_per_episode 200"),
+        ("ale_py", "ale_py:PongNoFrameskip-v4 --env-kwargs max_num_frames_per_episode 200"),
     ],
 )
 def test_families(cli, package, flags):
