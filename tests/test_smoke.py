@@ -228,6 +228,24 @@ def test_kwargs_win(monkeypatch):
     assert [options["reward_clipping"] for options in passed] == [True, False, False]
 
 
+def test_ids_of_atari(monkeypatch):
+    """With or without the module, which those outside of ALE/ need."""
+    passed, ids = [], ["ALE/Pong-v5", "ale_py:ALE/Pong-v5", "ale_py:PongNoFrameskip-v4"]
+    monkeypatch.setattr(gym, "make_vec", lambda env_id, *_, **options: passed.append(env_id))
+    for env_id in ids:
+        with pytest.raises(SystemExit):  # no environment
+            load(PPO).make_envs(load(PPO).Args(env_id=env_id), 1)
+    assert passed == [ids[1], *ids[1:]]
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_a_single_environment_has_no_process_of_its_own(num_envs):
+    """The evaluation has one, and would show a traceback of its worker at the end."""
+    envs = load(PPO).make_envs(load(PPO).Args(env_id="tests.tiny_envs:Odd-v0", async_envs=True), num_envs)
+    assert isinstance(envs.unwrapped, gym.vector.AsyncVectorEnv) == (num_envs > 1)
+    envs.close()
+
+
 def test_crash_while_saving(cli, monkeypatch):
     """Whenever a run is killed or the disk is full, the last checkpoint is whole, and the run can go on to its end."""
     saved, save = [], torch.save
@@ -396,7 +414,6 @@ def test_actions(cli, path, name):
         ("Box2D", "LunarLander-v3"),
         ("mujoco", "HalfCheetah-v5"),
         ("ale_py", "ALE/Pong-v5 --seed 300000 --env-kwargs max_num_frames_per_episode 200"),
-        ("ale_py", "ale_py:PongNoFrameskip-v4 --env-kwargs max_num_frames_per_episode 200"),
     ],
 )
 def test_families(cli, package, flags):

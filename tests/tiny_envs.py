@@ -223,7 +223,7 @@ ACTIONS = {
     "Float16": spaces.Box(-1, 1, (2,), np.float16),
     "Asymmetric": spaces.Box(np.array([2, -300], np.float32), np.array([6, -100], np.float32)),
     "Unbounded": spaces.Box(np.array([-np.inf, -1], np.float32), np.array([np.inf, 1], np.float32)),
-    "HalfBounded": spaces.Box(np.array([0, -np.inf], np.float32), np.array([np.inf, 0], np.float32)),
+    "HalfBounded": spaces.Box(np.array([2, -np.inf], np.float32), np.array([np.inf, -5], np.float32)),
     "Widest": spaces.Box(-MAX, MAX, (2,)),
     "MultiDiscrete": spaces.MultiDiscrete([2, 4, 3]),
     "MatrixOfDiscretes": spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[0, 5], [-2, 1]]),
