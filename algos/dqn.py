@@ -368,7 +368,7 @@ def load_checkpoint(path, **modules):
             module.load_state_dict(checkpoint[name])
         return checkpoint
     except Exception as error:
-        fail(f"cannot use {path} as a checkpoint of {Path(__file__).name}: {error}")
+        fail(f"cannot use {path} as a checkpoint of {Path(__file__).name} ({type(error).__name__}: {error})")
 
 
 class Run(AbstractContextManager):
