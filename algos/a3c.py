@@ -356,8 +356,8 @@ def work(worker, args, shared, squares, counters, messages, first_step):
             with global_step.get_lock():
                 shared.obs_stats.update(obs[:T][valid])
 
-        # 6. Tell the main process, often enough for a curve of a thousand points.
-        if step >= step_of_message + args.total_timesteps // 1000:
+        # 6. Tell the main process, often enough for a curve and the progress bar.
+        if step >= step_of_message + min(args.total_timesteps // 1000, 1000):
             scalars = {
                 "losses/policy_loss": policy_loss.item(),
                 "losses/value_loss": value_loss.item(),
@@ -493,7 +493,7 @@ class Run(AbstractContextManager):
         """The inputs (arrays) and scalars of an update must be finite. Log the scalars and save, each when due."""
         for name, values in (inputs | scalars).items():
             assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
-        if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
+        if self.global_step >= self.bar.n + min(self.args.total_timesteps // 1000, 1000):  # enough for a curve
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)

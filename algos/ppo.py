@@ -503,7 +503,7 @@ class Run(AbstractContextManager):
         """The inputs (arrays) and scalars of an update must be finite. Log the scalars and save, each when due."""
         for name, values in (inputs | scalars).items():
             assert np.isfinite(values).all(), f"{name} not finite at step {self.global_step}"
-        if self.global_step >= self.bar.n + self.args.total_timesteps // 1000:  # a thousand points make a curve
+        if self.global_step >= self.bar.n + min(self.args.total_timesteps // 1000, 1000):  # enough for a curve
             scalars["charts/SPS"] = (self.global_step - self.bar.initial) / (time.time() - self.bar.start_t)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, self.global_step)

@@ -210,6 +210,16 @@ def test_curves_of_a_resumed_run(cli):
     assert [step for step, _ in events["eval/episodic_return"]] == [129, 130]  # of the last agent alone
 
 
+def test_a_long_run_shows_progress_every_thousand_steps(tmp_path):
+    ppo = load(PPO)
+    with ppo.Run(ppo.Args(log_dir=tmp_path, total_timesteps=10**7), agent=torch.nn.Module()) as run:
+        shown = []
+        for run.global_step in (999, 1000, 1999, 2000):
+            run.log_update({})
+            shown.append(run.bar.n)
+    assert shown == [0, 1000, 1000, 2000]
+
+
 def test_kwargs_of_the_environment(cli):
     """Those beside --resume are added to those of the checkpoint."""
     trained = cli(PPO, small(PPO, "--env-kwargs reward step length 1 growth 2")).check()
