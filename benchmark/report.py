@@ -80,9 +80,9 @@ def training_seconds(wall_times: np.ndarray) -> np.ndarray:
     return np.cumsum(np.where(gaps > 60 + 10 * usual, usual, gaps))
 
 
-def read_run(folder: Path) -> tuple[pd.DataFrame, np.ndarray, float]:
-    """The run in `folder`: its learning curve, WINDOWS rows; its evaluation returns, shape (episodes,); and the mean
-    return of its last 100 training episodes."""
+def read_run(folder: Path, windows: int = WINDOWS) -> tuple[pd.DataFrame, np.ndarray, float]:
+    """The run in `folder`: its learning curve, a row per window; its evaluation returns, shape (episodes,); and the
+    mean return of its last 100 training episodes."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
 
     def points(tag: str) -> pd.DataFrame:
@@ -93,12 +93,12 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, np.ndarray, float]:
         """Mean of a quantity in each window, of one without a value that of the window before."""
         of_tag = points(tag)
         means = of_tag.value.groupby(np.searchsorted(edges, of_tag.step)).mean()
-        return means.reindex(range(WINDOWS)).ffill()
+        return means.reindex(range(windows)).ffill()
 
     clock = points("charts/SPS")
     start = events.Tensors("args/text_summary")[0].wall_time
     seconds = training_seconds(np.append(start, clock.wall_time))
-    edges = clock.step.max() * np.arange(1, WINDOWS + 1) / WINDOWS
+    edges = clock.step.max() * np.arange(1, windows + 1) / windows
     curves = pd.DataFrame(
         {
             "steps": edges.round().astype(int),
