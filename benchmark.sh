@@ -47,7 +47,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   # 3363, 4903).
   # On A2C's LunarLanderContinuous: it hovers long before it lands. In training, seed 1 was at 90 after 1.5 million steps
   # and at 224 after 5 million; with 32 steps a rollout it was at 146, fell to -48, and came back to 148.
-  # On A2C's Walker2d: with gamma 0.99, seeds 21 and 22 had stayed at 660 and 318. With 0.995 and 8 environments at 7e-4,
+  # On A2C's Walker2d: with gamma 0.99 and λ 0.9 seeds 21 and 22 had stayed at 660 and 318. With 8 environments at 7e-4
   # seeds 1 and 2 learned to stand (1,037 and 1,012 in training after 780,000 steps) and went no further.
   # On A2C's HalfCheetah: with 8 steps of 8 environments at 7e-4 and λ 0.9 seven runs of eight stay near 1,600; with 16
   # of 16 at 2e-3 and λ 0.95 four of five (1 and 2, 31 to 33) get past 3,000.
