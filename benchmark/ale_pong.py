@@ -42,7 +42,8 @@ def draw(path: Path) -> None:
     style(by_seconds, "seconds of training", xscale="log")
     by_seconds.xaxis.set_major_formatter("{x:,.0f}")
     figure.suptitle("ALE/Pong-v5: a line per run")
-    figure.legend(*by_steps.get_legend_handles_labels(), loc="outside right center", frameon=False, title="(runs)")
+    handles, labels = by_steps.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, title="machine (runs)")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
