@@ -173,7 +173,7 @@ class Agent(nn.Module):
 
     def numpy_policy(self, rng=None):
         """a ~ π(·|s), or without rng its mode, as a function of arrays (B, ...). Make it anew after an update."""
-        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.actor[::2]]
+        layers = [(fc.weight.T.contiguous().numpy(force=True), fc.bias.numpy(force=True)) for fc in self.actor[::2]]
         std = None if self.is_discrete else self.log_std.exp().numpy(force=True)
 
         def act(obs):  # in NumPy: on a few rows faster than torch
