@@ -145,7 +145,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
     --norm-reward
   experiment ddpg Swimmer-v5 1000000 --gamma 0.99 --batch-size 100
 
-  from=51 experiment reinforce envs.pong:PongDifference-v0 5000000 --num-envs 4 --hidden-sizes 200 --learning-rate 2e-3 \
+  from=51 experiment reinforce envs.pong:PongDifference-v0 4000000 --num-envs 4 --hidden-sizes 200 --learning-rate 2e-3 \
     --weight reward-to-go --norm-weight --restart-returns --ent-coef 0.01 --norm-obs
   experiment ppo envs.pong:PongDifference-v0 2000000 --num-envs 16 --num-steps 128 --num-minibatches 8 \
     --update-epochs 4 --hidden-sizes 200 --learning-rate 5e-4 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.01 --norm-obs
