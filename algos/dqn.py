@@ -133,7 +133,7 @@ class Agent(nn.Module):
 
     def numpy_policy(self):
         """argmax_a Q(s, a) as a function of arrays (B, ...), in NumPy for speed. Make it anew after an update."""
-        layers = [(fc.weight.T.contiguous().numpy(force=True), fc.bias.numpy(force=True)) for fc in self.q[::2]]
+        layers = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in self.q[::2]]
 
         def act(obs):
             x = self.preprocess(obs)
