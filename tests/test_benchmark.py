@@ -162,7 +162,8 @@ def test_a_real_run_that_is_cut_goes_on_and_is_reported(run, tmp_path):
     (row,) = pd.read_csv(log.parents[1] / "results.csv").itertuples()
     assert (row.environment, row.algorithm, row.seeds, row.steps // 1000) == ("CartPole-v1", "ppo", 1, 17)
     assert f"eval: mean_return={row.mean:.2f} " in log.read_text().splitlines()[-1]
-    assert pd.read_csv(log.parents[1] / "curves.csv")["mean"].between(8, 500).all()
+    curve = pd.read_csv(log.parents[1] / "curves.csv")["mean"].dropna()  # no episode may end in the first window
+    assert (len(curve) >= report.WINDOWS - 1, curve.between(8, 500).all()) == (True, True)
 
 
 def test_gradient_variance(tmp_path):
