@@ -29,6 +29,7 @@ ALGOS=${ALGOS:-} ENVS=${ENVS:-} SCALE=${SCALE:-1} DEVICE=${DEVICE:-cpu}
 RUNS=${RUNS:-runs/benchmark$([[ $SCALE == 1 ]] || echo "-$SCALE")}
 [[ $complete == true || ${1:-} == --publish ]] && RESULTS=${RESULTS:-benchmark}
 RESULTS=${RESULTS:-$RUNS}
+ENVS=$(sed 's/[^ ]*://g' <<<"$ENVS") # the names of environments, without their modules
 export OMP_NUM_THREADS=1  # faster with several runs side by side
 export TQDM_MININTERVAL=10 # seconds between two lines of progress in the logs
 

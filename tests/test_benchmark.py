@@ -99,7 +99,9 @@ def test_part(run):
     assert run(ENVS="CartPole") == (2, 'error: no experiment of ppo with ALGOS="ppo" ENVS="CartPole"\n', [])
     assert run(ALGOS="ppo tpro")[::2] == (2, [])
     assert run("-n")[::2] == (2, [])
-    assert run("--dry-run", ENVS="PongDifference-v0")[1].count("--env-id envs.pong:PongDifference-v0") == 1
+    for pong in ("PongDifference-v0", "envs.pong:PongDifference-v0"):
+        output = run("--dry-run", ENVS=f"CartPole-v1 {pong}")[1]
+        assert (output.count("--env-id envs.pong:PongDifference-v0"), len(output.splitlines())) == (1, 2)
     names = [f"CartPole-v1__reinforce{weight}__11" for weight in ("", "-reward-to-go", "-total-return")]
     report_on_all = REPORT.format(PART).replace("CartPole-v1__ppo__11", " ".join(names))
     assert run(ALGOS="reinforce")[2][3:] == [MEASUREMENT.format(PART), report_on_all]
