@@ -9,8 +9,8 @@
 #   SEEDS=1 SCALE=0.1 ./benchmark.sh                   a quick look: one seed, a tenth of the steps
 #
 # SEEDS          number of seeds (5 on CartPole, Acrobot and Pendulum, 3 elsewhere)
-# FIRST_SEED     the first of them. The settings were chosen on seeds 1 to 3, so the first one shown is 11, or for settings
-#                that replaced others after seeds from 11 on had been seen, 21, 31 or 61.
+# FIRST_SEED     the first of them. The settings were chosen on seeds 1 to 3, so results start at seed 11, or where
+#                settings were replaced later at 21, 31 or 61: on new seeds again.
 # JOBS           runs side by side (as many as there are cores)
 # ALGOS, ENVS    what to run (all)
 # SCALE          factor on the steps (1)
@@ -36,16 +36,16 @@ export TQDM_MININTERVAL=10 # seconds between two lines of progress in the logs
 experiments() { # algorithm, environment, steps, settings that differ from the algorithm's defaults
   local rollout="--num-envs 1 --num-steps 2048 --norm-obs --norm-reward" # PPO's and TRPO's for most of MuJoCo
   local many=${SEEDS:-5} few=${SEEDS:-3} seeds # of short runs, and of longer ones
-  # On gamma: with 0.99 some runs on Hopper and Walker2d learn to be faster and to fall earlier; TRPO on the one and PPO
-  # on the other keep upright with 0.995. With 0.995 TRPO's LunarLander hovers for 800,000 steps or more; with 0.999 two
+  # On gamma: with 0.99 some runs on Hopper and Walker2d learn to be faster and to fall earlier; with 0.995 TRPO stays
+  # upright on Hopper and PPO on Walker2d. With 0.995 TRPO's LunarLander hovers for 800,000 steps or more; with 0.999 two
   # seeds of three land after 400,000. On Pendulum 0.95 instead of 0.9 is worth 17 to 36 points of return.
   # On REINFORCE's Acrobot: before V knows the returns, R - V is near -99 for most actions, and the policy runs off;
   # with norm-weight it learned on four seeds of five, without it on two.
   # On Swimmer: even with gamma 0.9999 TRPO and PPO stayed at returns of 130 to 150 with one environment, on two seeds
   # each; with four environments they reached 350 and 310 there.
   # On TRPO's InvertedDoublePendulum: once the pole stands, advantages are little more than noise, and every step goes
-  # as far as target-kl allows. With 0.02 and rollouts of 2048 steps it fell in many episodes after a million (7127,
-  # 3363, 4903).
+  # as far as target-kl allows. With 0.02 and rollouts of 2048 steps the pole fell in many episodes after a million
+  # (7127, 3363, 4903).
   # On A2C's LunarLanderContinuous: it hovers long before it lands. In training, seed 1 was at 90 after 1.5 million steps
   # and at 224 after 5 million; with 32 steps a rollout it was at 146, fell to -48, and came back to 148.
   # On A2C's Walker2d: with gamma 0.99 and λ 0.9 seeds 21 and 22 had stayed at 660 and 318. With 8 environments at 7e-4

@@ -9,8 +9,8 @@ transitions from a replay buffer, with the actor's action instead of the best on
     φ_targ ← τ φ + (1 - τ) φ_targ, for the parameters φ of both
 
 μ is deterministic, so noise is added to its actions for exploration. Both are in units of half the range of each axis,
-so that the bounds are -1 and 1. (An axis without two bounds keeps its own, around 0 or the number nearest to it.) The
-noise of each step is new, ε_t ~ N(0, σ²), or an Ornstein-Uhlenbeck process, which pushes one way for about 1/θ steps:
+so that the bounds are -1 and 1 (where one is missing, a unit to each side of 0, or of the allowed number nearest to 0).
+The noise of each step is new, ε_t ~ N(0, σ²), or an Ornstein-Uhlenbeck process, which pushes one way for ~ 1/θ steps:
 
     x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15;  its std is σ in the long run, too
 

@@ -244,9 +244,10 @@ def overview(table: pd.DataFrame) -> str:
         "Below: the algorithm's best figure in [published.csv](benchmark/published.csv) (?: its steps are unknown),\n"
         "and where they differ from ours the environment's version and the metric (training returns, the maximum over\n"
         "training, sampled actions).\n"
-        "Bold: at or above every published figure (of training returns: with ours), in no more steps than the best\n"
-        "whose actions are not sampled; never if there is none, or if its steps are unknown. It compares means and is\n"
-        "no test of significance: some leads are smaller than their standard error.\n"
+        "Bold: our mean is at or above every published figure, in no more steps than the best of them (of those whose\n"
+        "actions are not sampled). A published training return is compared with ours. Nothing is bold where there is\n"
+        "no figure, or where its steps are unknown. Bold compares means and is no test of significance: some leads\n"
+        "are smaller than their standard error.\n"
     )
 
 

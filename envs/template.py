@@ -38,7 +38,7 @@ class TemplateEnv(gym.Env):
 
     Observation, float32 of shape (6,), each in [-1, 1]: position (x, y), velocity / MAX_SPEED, (goal - position) / 2.
     Action: Discrete(4), a full push right, up, left or down; or, if continuous, Box(-1, 1, (2,)), a push along x and y.
-    Reward: distance gained in the step, minus STEP_COST, plus GOAL_BONUS on arrival.
+    Reward: how much closer to the goal the step came, minus STEP_COST, plus GOAL_BONUS on arrival.
     Start: a random position at rest and a random goal, at least MIN_START_DISTANCE apart.
     End: terminated within GOAL_RADIUS of the goal; truncated after `time_limit` steps.
     Info: `distance` to the goal (float) and `is_success` (bool).
