@@ -14,9 +14,8 @@ The noise of each step is new, ε_t ~ N(0, σ²), or an Ornstein-Uhlenbeck proce
 
     x_t = (1 - θ) x_{t-1} + √(1 - (1 - θ)²) ε_t,   x = 0 before an episode, θ = 0.15;  its std is σ in the long run, too
 
-T. P. Lillicrap, J. J. Hunt, A. Pritzel, N. Heess, T. Erez, Y. Tassa, D. Silver, D. Wierstra: Continuous control with
-deep reinforcement learning, 2016, arXiv:1509.02971. Most defaults are those of S. Fujimoto, H. van Hoof, D. Meger:
-Addressing Function Approximation Error in Actor-Critic Methods, 2018, arXiv:1802.09477.
+T. P. Lillicrap et al.: Continuous control with deep reinforcement learning, 2016, arXiv:1509.02971. Most defaults: S.
+Fujimoto et al.: Addressing Function Approximation Error in Actor-Critic Methods, 2018, arXiv:1802.09477.
 
     python algos/ddpg.py --env-id Pendulum-v1
     python algos/ddpg.py --env-id Pendulum-v1 --noise ou
@@ -56,7 +55,7 @@ class Args:
     noise: Literal["gaussian", "ou"] = "gaussian"  # exploration noise: independent, or Ornstein-Uhlenbeck
     exploration_noise: float = 0.1  # σ of the noise, in units of half the range of each action
     env_id: str = "Pendulum-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # environment arguments: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: NAME True NAME 0.5 …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -73,6 +72,8 @@ class Args:
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():  # the same in every file, so it names flags of others, too
+            if kind in (int, float, str):  # a Path or a NumPy number would make a checkpoint that cannot be read
+                setattr(self, name, kind(getattr(self, name)))
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
             if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
@@ -244,8 +245,7 @@ def transfer(args, agent, *networks):
         parameters = list(network.parameters())  # a weight and a bias of each layer
         if 2 * args.freeze >= len(parameters):
             fail(f"--freeze must be less than the number of layers, {len(parameters) // 2}")
-        for x in parameters[: 2 * args.freeze]:
-            x.requires_grad_(False)
+        nn.ParameterList(parameters[: 2 * args.freeze]).requires_grad_(False)
 
 
 # ==== shared: plumbing. The same in every file, and none of it is about the algorithm: skip it at a first reading.

@@ -2,8 +2,7 @@ r"""Deep Q-Network (DQN), and Double DQN.
 
 Q-learning with a network: Q(s, a) estimates the return of action a in state s when all later actions are the best
 ones. It is fitted by regression to its own estimate one step later, the Bellman target. Two things make that stable:
-transitions are drawn at random from a replay buffer, so that those of a batch are seldom neighbours in time, and the
-target is computed by a copy of the network, Q_targ, that follows only slowly.
+batches are drawn at random from a replay buffer, and targets come from Q_targ, a copy of the network that lags behind.
 
     y = r + γ (1 - terminated) max_a' Q_targ(s', a')
     L = E[ (Q(s, a) - y)² ], minimised with Adam; y is a constant
@@ -64,7 +63,7 @@ class Args:
     exploration_fraction: float = 0.2  # share of the total timesteps in which ε falls from start_e to end_e
     double_q: bool = True  # Double DQN: Q chooses the action in y, Q_targ evaluates it
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # environment arguments: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: NAME True NAME 0.5 …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -81,6 +80,8 @@ class Args:
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():  # the same in every file, so it names flags of others, too
+            if kind in (int, float, str):  # a Path or a NumPy number would make a checkpoint that cannot be read
+                setattr(self, name, kind(getattr(self, name)))
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
             if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
@@ -116,7 +117,7 @@ class Agent(nn.Module):
             fail(f"{Path(__file__).name} takes Discrete actions, not {action_space}; ppo.py takes others, too")
         self.obs_space, self.action_space = obs_space, action_space
         self.is_image = len(obs_space.shape) == 3
-        shape = self.preprocess(obs_space.low).shape
+        shape = self.preprocess(np.zeros(obs_space.shape, obs_space.dtype)).shape
         self.encoder = nature_cnn(*shape) if self.is_image else nn.Identity()
         num_features, hidden_sizes = (512, ()) if self.is_image else (shape[0], args.hidden_sizes)
         self.q = mlp(num_features, hidden_sizes, int(action_space.n))
@@ -294,8 +295,7 @@ def transfer(args, agent, *networks):
         parameters = list(network.parameters())  # a weight and a bias of each layer
         if 2 * args.freeze >= len(parameters):
             fail(f"--freeze must be less than the number of layers, {len(parameters) // 2}")
-        for x in parameters[: 2 * args.freeze]:
-            x.requires_grad_(False)
+        nn.ParameterList(parameters[: 2 * args.freeze]).requires_grad_(False)
 
 
 # ==== shared: plumbing. The same in every file, and none of it is about the algorithm: skip it at a first reading.

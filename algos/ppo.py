@@ -8,8 +8,7 @@ stops rewarding an action once the probability ratio ρ has left [1-ε, 1+ε] in
     L   = E_t[ min(ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t) - c_v (V_θ(s_t) - R̂_t)² + c_e H[π_θ(·|s_t)] ], maximised
     Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},   δ_t = r_t + γ V(s_{t+1}) - V(s_t),   R̂_t = Â_t + V(s_t);   in L, Â_t is standardised
 
-J. Schulman, F. Wolski, P. Dhariwal, A. Radford, O. Klimov: Proximal Policy Optimization Algorithms, 2017,
-arXiv:1707.06347. Â_t is GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
+J. Schulman et al.: Proximal Policy Optimization Algorithms, 2017, arXiv:1707.06347. Â_t is GAE(λ): arXiv:1506.02438.
 
     python algos/ppo.py --env-id CartPole-v1
     torchrun --nproc-per-node 2 algos/ppo.py --env-id CartPole-v1 --num-envs 16
@@ -57,7 +56,7 @@ class Args:
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
     norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # environment arguments: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: NAME True NAME 0.5 …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -74,6 +73,8 @@ class Args:
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():  # the same in every file, so it names flags of others, too
+            if kind in (int, float, str):  # a Path or a NumPy number would make a checkpoint that cannot be read
+                setattr(self, name, kind(getattr(self, name)))
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
             if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
@@ -146,7 +147,7 @@ class Agent(nn.Module):
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
             fail(f"{Path(__file__).name} takes discrete or float Box actions; no file takes {action_space}")
-        shape = self.preprocess(obs_space.low).shape
+        shape = self.preprocess(np.zeros(obs_space.shape, obs_space.dtype)).shape
         self.encoder = nature_cnn(*shape) if self.is_image else nn.Identity()
         num_features, hidden_sizes = (512, ()) if self.is_image else (shape[0], args.hidden_sizes)
         num_outputs = self.missing.numel() if self.is_multi else gym.spaces.flatdim(action_space)
@@ -394,8 +395,7 @@ def transfer(args, agent, *networks):
         parameters = list(network.parameters())  # a weight and a bias of each layer
         if 2 * args.freeze >= len(parameters):
             fail(f"--freeze must be less than the number of layers, {len(parameters) // 2}")
-        for x in parameters[: 2 * args.freeze]:
-            x.requires_grad_(False)
+        nn.ParameterList(parameters[: 2 * args.freeze]).requires_grad_(False)
 
 
 # ==== shared: plumbing. The same in every file, and none of it is about the algorithm: skip it at a first reading.

@@ -56,7 +56,7 @@ class Args:
     norm_obs: bool = False  # standardise observations by their running mean and std, clip to ±10
     norm_reward: bool = False  # divide returns by their running std
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # environment arguments: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: NAME True NAME 0.5 …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -73,6 +73,8 @@ class Args:
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():  # the same in every file, so it names flags of others, too
+            if kind in (int, float, str):  # a Path or a NumPy number would make a checkpoint that cannot be read
+                setattr(self, name, kind(getattr(self, name)))
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
             if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
@@ -145,7 +147,7 @@ class Agent(nn.Module):
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
             fail(f"{Path(__file__).name} takes discrete or float Box actions; no file takes {action_space}")
-        shape = self.preprocess(obs_space.low).shape
+        shape = self.preprocess(np.zeros(obs_space.shape, obs_space.dtype)).shape
         self.encoder = nature_cnn(*shape) if self.is_image else nn.Identity()
         num_features, hidden_sizes = (512, ()) if self.is_image else (shape[0], args.hidden_sizes)
         num_outputs = self.missing.numel() if self.is_multi else gym.spaces.flatdim(action_space)
@@ -322,8 +324,7 @@ def transfer(args, agent, *networks):
         parameters = list(network.parameters())  # a weight and a bias of each layer
         if 2 * args.freeze >= len(parameters):
             fail(f"--freeze must be less than the number of layers, {len(parameters) // 2}")
-        for x in parameters[: 2 * args.freeze]:
-            x.requires_grad_(False)
+        nn.ParameterList(parameters[: 2 * args.freeze]).requires_grad_(False)
 
 
 # ==== shared: plumbing. The same in every file, and none of it is about the algorithm: skip it at a first reading.

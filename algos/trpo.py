@@ -14,8 +14,7 @@ Farther off these are only approximations, so the step is cut back until it keep
 H is never formed: conjugate gradients solve Hd = g with products Hv = ∇(∇KL·v) alone. A little of the identity is
 added to H (damping): shorter, more stable steps. Â_t is GAE(λ), standardised in L; V is fitted to R̂_t = Â_t + V(s_t).
 
-J. Schulman, S. Levine, P. Moritz, M. Jordan, P. Abbeel: Trust Region Policy Optimization, 2015, arXiv:1502.05477.
-GAE(λ): J. Schulman, P. Moritz, S. Levine, M. Jordan, P. Abbeel, 2016, arXiv:1506.02438.
+J. Schulman et al.: Trust Region Policy Optimization, 2015, arXiv:1502.05477. GAE(λ): arXiv:1506.02438.
 
     python algos/trpo.py --env-id CartPole-v1
     python algos/trpo.py --env-id Pendulum-v1 --num-envs 2 --num-steps 1024 --gamma 0.95 --critic-updates 15
@@ -61,7 +60,7 @@ class Args:
     norm_obs: bool = False  # standardise observations by running mean and std, clip to ±10 (moves π; δ does not see it)
     norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip to ±10
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # environment arguments: NAME VALUE …
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: NAME True NAME 0.5 …
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # random seed
     device: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:N or mps
@@ -78,6 +77,8 @@ class Args:
 
     def __post_init__(self):
         for name, kind in Args.__annotations__.items():  # the same in every file, so it names flags of others, too
+            if kind in (int, float, str):  # a Path or a NumPy number would make a checkpoint that cannot be read
+                setattr(self, name, kind(getattr(self, name)))
             low = 0 if kind is float or name in ("seed", "freeze", "learning_starts", "line_search_steps") else 1
             numbers = np.ravel(getattr(self, name)) if kind in (int, float, tuple[int, ...]) else []
             if not all(np.isfinite(x) and (x >= low or name == "log_std_init") for x in numbers):
@@ -150,7 +151,7 @@ class Agent(nn.Module):
             self.register_buffer("missing", -1e8 * (torch.arange(nvec.max()) >= nvec[:, None]), persistent=False)
         elif not self.is_discrete:
             fail(f"{Path(__file__).name} takes discrete or float Box actions; no file takes {action_space}")
-        shape = self.preprocess(obs_space.low).shape
+        shape = self.preprocess(np.zeros(obs_space.shape, obs_space.dtype)).shape
         self.encoder = nature_cnn(*shape) if self.is_image else nn.Identity()
         num_features, hidden_sizes = (512, ()) if self.is_image else (shape[0], args.hidden_sizes)
         num_outputs = self.missing.numel() if self.is_multi else gym.spaces.flatdim(action_space)
@@ -380,8 +381,7 @@ def transfer(args, agent, *networks):
         parameters = list(network.parameters())  # a weight and a bias of each layer
         if 2 * args.freeze >= len(parameters):
             fail(f"--freeze must be less than the number of layers, {len(parameters) // 2}")
-        for x in parameters[: 2 * args.freeze]:
-            x.requires_grad_(False)
+        nn.ParameterList(parameters[: 2 * args.freeze]).requires_grad_(False)
 
 
 # ==== shared: plumbing. The same in every file, and none of it is about the algorithm: skip it at a first reading.

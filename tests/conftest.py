@@ -86,7 +86,7 @@ def small(path: Path, flags: str = "") -> str:
 def train(module, env, log_dir, **args):
     """A run on that tiny environment; arguments that the algorithm does not have are left out. Returns the agent."""
     Trace.log.clear()
-    own = dict(env_id=f"tests.tiny_envs:{env}-v0", log_dir=str(log_dir), device="cpu", hidden_sizes=(8,))
+    own = dict(env_id=f"tests.tiny_envs:{env}-v0", log_dir=log_dir, device="cpu", hidden_sizes=(8,))
     args = {name: value for name, value in (SMALL | own | args).items() if name in module.Args.__annotations__}
     return module.train(module.Args(**args))
 

@@ -14,7 +14,7 @@ from tests.shared import BLOCKS, find_block, with_blocks
 from tests.tiny_envs import UNFIT_ACTIONS, UNFIT_OBSERVATIONS
 
 PACKAGES = {"torch", "numpy", "gymnasium", "tyro", "tqdm"}
-MAX_LINES = {"ppo": 560, "a2c": 480, "reinforce": 488, "a3c": 550, "trpo": 546, "dqn": 460, "ddpg": 410}
+MAX_LINES = {"ppo": 560, "a2c": 480, "reinforce": 489, "a3c": 551, "trpo": 546, "dqn": 460, "ddpg": 410}
 MAX_PLUMBING_LINES = 160
 TRAIN_BEGINS = {"trpo": 300}  # before this line, or the one below
 TRAIN_BEGINS_ELSEWHERE = 250

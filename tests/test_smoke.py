@@ -105,19 +105,23 @@ def test_points_of_episodes(cli):
 
 
 def test_from_a_notebook(tmp_path):
-    """train() works in a thread, and twice in one process; neither it nor the import leaves anything behind."""
+    """train() works in a thread, and twice in one process; neither it nor the import leaves anything behind.
+
+    A Path and a NumPy number among the arguments are plain values in the checkpoint.
+    """
 
     def state():
         return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], sys.excepthook, [*sys.path]
 
     before = state()
     module, agents = importlib.reload(load(PPO)), []
-    thread = threading.Thread(target=lambda: agents.append(train(module, "Odd", tmp_path)))
+    thread = threading.Thread(target=lambda: agents.append(train(module, "Odd", tmp_path, gamma=np.float64(0.9))))
     thread.start()
     thread.join()
-    agents.append(train(module, "Odd", tmp_path))
+    agents.append(train(module, "Odd", tmp_path, gamma=0.9))
     assert same(agents[0].parameters(), agents[1].parameters())
-    assert len(list(tmp_path.iterdir())) == 2
+    saved = [read_checkpoint(folder)["args"] for folder in tmp_path.iterdir()]
+    assert [(args["log_dir"], args["gamma"]) for args in saved] == [(str(tmp_path), 0.9)] * 2
     assert before == state()
 
 
