@@ -170,7 +170,7 @@ def train(args):
     transfer(args, agent, agent.actor, agent.critic)
     target = copy.deepcopy(agent).requires_grad_(False)
     actor_parameters = [x for x in agent.actor.parameters() if x.requires_grad]
-    actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
+    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     N, A = args.num_envs, agent.num_actions
     if args.total_timesteps // N * N < max(args.learning_starts, N):

@@ -243,7 +243,7 @@ def train(args):
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     transfer(args, agent, nn.Sequential(agent.encoder, agent.actor), nn.Sequential(agent.encoder, agent.critic))
     parameters = [x for x in agent.parameters() if x.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     T, N = args.num_steps, args.num_envs
     if args.total_timesteps < T * N * W or args.num_minibatches > T // 2 * N:  # every second step may be a reset
         fail("--total-timesteps must cover a rollout, and --num-minibatches be at most num_envs * (num_steps // 2)")

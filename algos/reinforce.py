@@ -231,7 +231,7 @@ def train(args):
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     transfer(args, agent, nn.Sequential(agent.encoder, agent.actor), nn.Sequential(agent.encoder, agent.critic))
-    theta = [x for name, x in agent.named_parameters() if x.requires_grad and not name.startswith("critic")]
+    theta = [x for name, x in agent.named_parameters() if not name.startswith("critic")]
     optimizer = torch.optim.Adam(theta, lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     N = args.num_envs

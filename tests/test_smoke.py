@@ -345,6 +345,8 @@ def test_transfer(algo, cli, run):
         assert (after["agent"]["obs_stats.count"] > before["obs_stats.count"]).all()
     cli(algo, f"--resume {result.folder}/checkpoint.pt --total-timesteps {2 * STEPS}").check()  # it stays frozen
     assert_frozen(after["agent"], read_checkpoint(result.folder)["agent"])
+    cli(algo, f"--resume {result.folder}/checkpoint.pt --total-timesteps {3 * STEPS} --freeze 0").check()
+    assert not any(torch.equal(x, after["agent"][name]) for name, x in read_checkpoint(result.folder)["agent"].items())
 
 
 def test_transfer_to_another_environment(cli):
