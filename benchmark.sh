@@ -56,10 +56,7 @@ experiments() { # algorithm, environment, steps, settings that differ from the a
   # long.
   # On REINFORCE's LunarLander: over the last 150,000 steps of training, returns were 155 and 241 with 4 episodes an
   # update at 3e-3, 129 and 142 with 16 at 5e-3, which make a quarter of the updates (seeds 1 and 2).
-  # On REINFORCE's Pong, after 450,000 steps: -17 with these settings on seed 1 (-19 on 21 and 22), and with a baseline
-  # besides; -20 with 1e-3, or without norm-obs (and with 1e-2 the entropy is gone by then). Without the bonus it learns
-  # as fast up to a million.
-  # On two games an update instead of eight see benchmark/README.md.
+  # On REINFORCE's Pong see benchmark/README.md.
   # On target-kl: without it ten epochs at 3e-4 moved PPO's HalfCheetah (256-256, first σ e^-2) by a KL of 0.15 a
   # rollout, and threw a policy worth 4,500 onto its back, where it stayed for 150,000 steps.
 

@@ -1,8 +1,8 @@
 """Pong as it is used to teach policy gradients: what moves on the court, and two actions (Karpathy 2016).
 
     python envs/pong.py                                                # check it against Gymnasium's rules
-    python algos/reinforce.py --env-id envs.pong:PongDifference-v0 --total-timesteps 4000000 --num-envs 8 \
-        --hidden-sizes 200 --learning-rate 3e-3 --weight reward-to-go --norm-weight --restart-returns --ent-coef 0.01 \
+    python algos/reinforce.py --env-id envs.pong:PongDifference-v0 --total-timesteps 3000000 --num-envs 2 \
+        --hidden-sizes 200 --learning-rate 2e-3 --critic-updates 5 --norm-weight --restart-returns --ent-coef 0.01 \
         --norm-obs
     python algos/ppo.py --env-id envs.pong:PongDifference-v0 --total-timesteps 2000000 --num-envs 16 --num-steps 128 \
         --num-minibatches 8 --update-epochs 4 --hidden-sizes 200 --learning-rate 5e-4 --gamma 0.99 --gae-lambda 0.95 \
