@@ -515,12 +515,12 @@ class Run(AbstractContextManager):
 
     def __exit__(self, error_type, *_):
         self.bar.close()
-        self.writer.close()
         if error_type is KeyboardInterrupt:
             self.save()
-            print(f"stopped; resume with: python '{__file__}' --resume '{self.folder}/checkpoint.pt'")
-            if __name__ == "__main__":  # elsewhere, as in a notebook, the KeyboardInterrupt goes on
-                sys.exit(130)
+            print(f"stopped; resume with: python '{__file__}' --resume '{self.folder}/checkpoint.pt'", flush=True)
+        self.writer.close()  # last: if a write was interrupted, this may wait for ever
+        if error_type is KeyboardInterrupt and __name__ == "__main__":  # in a notebook the KeyboardInterrupt goes on
+            sys.exit(130)
 
 
 def main():
