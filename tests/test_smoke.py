@@ -135,18 +135,22 @@ def test_the_snippet_of_the_readme(name, cli, monkeypatch):
 
 
 def test_interrupt_in_a_notebook(monkeypatch, tmp_path, capsys):
-    """The KeyboardInterrupt goes on, but first the agent is saved."""
-    step_of_odd = Odd.step
+    """The KeyboardInterrupt goes on, but first the agent is saved, even if the log's end blocks and is interrupted."""
+    module, step_of_odd = load(PPO), Odd.step
 
     def interrupted(env, action):
         if len(Odd.seen_actions) == 60:
             raise KeyboardInterrupt
         return step_of_odd(env, action)
 
+    def interrupted_close(writer):
+        raise KeyboardInterrupt
+
     Odd.seen_actions.clear()
     monkeypatch.setattr(Odd, "step", interrupted)
+    monkeypatch.setattr(module.SummaryWriter, "close", interrupted_close)
     with pytest.raises(KeyboardInterrupt):
-        train(load(PPO), "Odd", tmp_path)
+        train(module, "Odd", tmp_path)
     folder = only(tmp_path)
     assert 60 <= read_checkpoint(folder)["global_step"] < STEPS
     assert f"python '{PPO}' --resume '{folder}/checkpoint.pt'" in capsys.readouterr().out
